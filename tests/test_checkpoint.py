@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyvit_jax import checkpoint
+from tinyvit_jax import mesh as meshes
+
+
+def make_state(value, ema=True):
+    state = {"step": jnp.asarray(value), "params": {"a": jnp.full((2, 3), float(value))},
+             "batch_stats": {"m": jnp.zeros(3)}, "opt_state": (jnp.ones(2), (), {"x": jnp.ones(1)}),
+             "ema": {"a": jnp.full((2, 3), value / 2)} if ema else {}, "skipped": jnp.asarray(0)}
+    return meshes.put_state(state, meshes.make_mesh())
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c", keep_last=2, keep_best=True) as c:
+        for step, top1 in ((1, 10.0), (2, 90.0), (3, 50.0), (4, None), (5, 60.0)):
+            c.save(step, make_state(step), top1)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.is_dir()) == ["2", "4", "5"]
+    variables, step = checkpoint.load_variables(tmp_path / "c")
+    assert step == 2
+    np.testing.assert_array_equal(variables["params"]["a"], np.full((2, 3), 1.0))  # the average
+    variables, _ = checkpoint.load_variables(tmp_path / "c", step=5)
+    np.testing.assert_array_equal(variables["params"]["a"], np.full((2, 3), 2.5))
+
+
+def test_restores_exactly(tmp_path):
+    state = make_state(3, ema=False)
+    with checkpoint.Checkpoints(tmp_path / "c") as c:
+        assert c.latest is None
+        c.save(3, state)
+    with checkpoint.Checkpoints(tmp_path / "c") as c:
+        assert c.latest == 3
+        again = c.restore(3, make_state(0, ema=False))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_another_model_is_refused(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c") as c:
+        c.save(1, make_state(1))
+    other = make_state(1) | {"params": {"a": jnp.zeros((4, 4)), "b": jnp.zeros(2)}}
+    with checkpoint.Checkpoints(tmp_path / "c") as c, pytest.raises(
+            checkpoint.CheckpointError, match="another --workdir"):
+        c.restore(1, meshes.put_state(other, meshes.make_mesh()))
+
+
+def test_half_written_and_damaged_checkpoints(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c") as c:
+        c.save(1, make_state(1))
+    for file in (tmp_path / "c" / "1").rglob("*"):
+        if file.is_file() and "ocdbt" in str(file) and file.stat().st_size > 64:
+            file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        checkpoint.load_variables(tmp_path / "c")
+    with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+        checkpoint.load_variables(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="no whole checkpoint"):
+        checkpoint.load_variables(tmp_path / "empty")

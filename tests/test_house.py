@@ -1,0 +1,144 @@
+"""The floors of the house, read from the source: who may import what, and how large a room is."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tinyvit_jax"
+
+NUMPY = {"numpy"}
+JAX = {"jax", "numpy"}
+GROUND = {"batch"}
+HOST = {"data.draws", "data.order", "data.ops", "data.augment", "data.images", "store.codec",
+        "store.store"}
+DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
+          "objectives.stored_logits", "models", "models.layers", "models.tinyvit"}
+WEIGHTS = {"convert", "convert.files", "convert.resize", "convert.tinyvit", "checkpoint", "weights"}
+MIDDLE = WEIGHTS | {"evaluate", "capture", "plots", "log", "config"}
+
+# module or package: (modules of the project it may import, outside packages it may import)
+FLOORS = {
+    "__init__": ({"models", "weights"}, set()),
+    "batch": (set(), NUMPY),
+    "config": (set(), {"ml_collections"}),
+    "stages": ({"config"}, {"ml_collections"}),
+    "log": (set(), {"tqdm"}),
+    "plots": ({"log"}, NUMPY | {"matplotlib"}),
+    "cli": ({"config", "log"}, {"absl", "ml_collections", "jax"}),
+    "data.draws": (set(), NUMPY),
+    "data.order": ({"data.draws"}, NUMPY),
+    "data.ops": (set(), NUMPY | {"cv2"}),
+    "data.augment": ({"data.draws", "data.ops"}, NUMPY),
+    "data.images": ({"data.draws", "data.ops"},
+                    NUMPY | {"array_record", "tensorflow_datasets"}),
+    "data.pipeline": (GROUND | HOST, NUMPY | {"grain", "absl"}),
+    "store.codec": (set(), NUMPY),
+    "store.store": ({"store.codec", "data.draws"}, NUMPY | {"array_record"}),
+    "models": (DEVICE, JAX | {"flax"}),
+    "models.layers": (DEVICE, JAX | {"flax"}),
+    "models.tinyvit": (DEVICE, JAX | {"flax"}),
+    "objectives": (DEVICE, JAX | {"ml_collections"}),
+    "objectives.supervised": (DEVICE, JAX),
+    "objectives.stored_logits": (DEVICE, JAX),
+    "mix": (DEVICE, JAX),
+    "mesh": (DEVICE, JAX),
+    "optim": (DEVICE, JAX | {"optax", "ml_collections"}),
+    "convert": (WEIGHTS, NUMPY),
+    "convert.files": (WEIGHTS, NUMPY | {"torch", "safetensors"}),
+    "convert.resize": (WEIGHTS, NUMPY),
+    "convert.tinyvit": (WEIGHTS, NUMPY),
+    "checkpoint": (set(), {"jax", "orbax"}),
+    "weights": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
+    "evaluate": (DEVICE, JAX),
+    "capture": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
+    "train": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"optax", "ml_collections"}),
+    "recipe": (MIDDLE | DEVICE | HOST | {"data.pipeline", "train"}, JAX | {"ml_collections"}),
+    "main": ({"cli", "recipe"}, {"absl", "jax"}),
+}
+ONE_PLACE = {"grain": "data.pipeline", "orbax": "checkpoint", "matplotlib": "plots", "cv2": "data.ops"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else (
+            ".".join(parts))
+        found[name] = path
+    return found
+
+
+def imports(path: Path, known: set[str]) -> tuple[set[str], set[str]]:
+    """Modules of the project and outside packages that a file imports, lazily ones included."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(node.module or "", [alias.name for alias in node.names])]
+        else:
+            continue
+        for module, items in names:
+            top, _, rest = module.partition(".")
+            if top == "tinyvit_jax":
+                whole = [".".join(filter(None, (rest, item))) for item in items]
+                inside |= {w if w in known else rest for w in whole} if items else {rest}
+            else:
+                outside.add(top)
+    return inside - {""}, outside
+
+
+def is_standard(name: str) -> bool:
+    import sys
+
+    return name in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_floor(name):
+    path = modules()[name]
+    inside, outside = imports(path, set(modules()))
+    outside = {o for o in outside if not is_standard(o)}
+    if name in ("data", "store"):
+        assert not inside
+        assert not outside
+        return
+    assert name in FLOORS, f"{name} has no line in the floor table"
+    may_inside, may_outside = FLOORS[name]
+    assert inside <= may_inside
+    assert outside <= may_outside
+
+
+@pytest.mark.parametrize(("package", "owner"), sorted(ONE_PLACE.items()))
+def test_third_party_api_has_one_user(package, owner):
+    users = {n for n, p in modules().items() if package in imports(p, set(modules()))[1]}
+    assert users == {owner}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_rooms_stay_small(name):
+    tree = ast.parse(modules()[name].read_text())
+    assert len(modules()[name].read_text().splitlines()) <= 450
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and name != "config":
+            assert node.end_lineno - node.lineno < 90, node.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.name)
+def test_tools_are_thin(path):
+    assert len(path.read_text().splitlines()) <= 120
+
+
+def test_no_tensorflow_and_lazy_import():
+    """Importing the package loads nothing heavy, and nothing ever imports TensorFlow."""
+    import subprocess
+    import sys
+
+    code = ("import sys, tinyvit_jax; heavy = {'jax', 'flax', 'cv2', 'grain', 'orbax', 'torch', "
+            "'matplotlib', 'tensorflow_datasets'} & set(sys.modules); sys.exit(str(heavy or ''))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.strip() == ""
+    for path in modules().values():
+        assert "tensorflow" not in imports(path, set(modules()))[1]

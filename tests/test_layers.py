@@ -1,0 +1,189 @@
+"""Each layer against its plain form and against PyTorch, to 1e-5."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyvit_jax.models import layers, tinyvit
+
+ATOL = 1e-5
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return np.asarray(np.random.default_rng(seed).normal(size=shape) * scale, np.float32)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    pytest.importorskip("torch")
+    import torch_tinyvit
+
+    return torch_tinyvit
+
+
+def nchw(x):
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def nhwc(tensor):
+    return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 2)])
+def test_shifted_depthwise_conv_equals_grouped(size, stride):
+    x, kernel = normal(2, *size, 6), normal(3, 3, 1, 6, seed=1, scale=0.3)
+    out, pull = jax.vjp(lambda x, k: layers.depthwise_conv_shifted(x, k, stride), x, kernel)
+    expected, pull_reference = jax.vjp(
+        lambda x, k: layers.depthwise_conv_reference(x, k, stride), x, kernel)
+    np.testing.assert_allclose(out, expected, atol=ATOL)
+    cotangent = normal(*out.shape, seed=2)
+    for ours, plain in zip(pull(cotangent), pull_reference(cotangent), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=ATOL)
+
+
+def test_shifted_depthwise_conv_keeps_bfloat16_close():
+    x, kernel, cotangent = normal(2, 7, 7, 4), normal(3, 3, 1, 4, seed=1), normal(2, 7, 7, 4, seed=2)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, kernel, cotangent)]
+    _, pull = jax.vjp(lambda x, k: layers.depthwise_conv_shifted(x, k, 1), *half[:2])
+    _, pull_reference = jax.vjp(lambda x, k: layers.depthwise_conv_reference(x, k, 1), x, kernel)
+    for ours, plain in zip(pull(half[2]), pull_reference(cotangent), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(ours), plain, atol=0.03 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize(("backend", "form"), [("cpu", "shifted"), ("tpu", "reference")])
+def test_depthwise_form_follows_backend(monkeypatch, backend, form):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(layers, f"depthwise_conv_{form}", lambda x, kernel, stride: "chosen")
+    assert layers.depthwise_conv(None, None, 1) == "chosen"
+
+
+def test_project_is_the_same_on_every_backend(monkeypatch):
+    x, kernel = normal(2, 3, 4, 5), normal(5, 6, seed=1)
+    flat = layers.project(x, kernel)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    np.testing.assert_allclose(flat, layers.project(x, kernel), atol=ATOL)
+
+
+def test_gelu_is_exact():
+    import math
+
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    exact = [v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]
+    np.testing.assert_allclose(layers.gelu(jnp.asarray(x)), exact, atol=1e-6)
+
+
+def test_bias_index_is_the_absolute_offset():
+    index = layers.bias_index(3)
+    assert index.shape == (9, 9)
+    assert index[0].tolist() == list(range(9))  # from the corner
+    assert index[5, 6] == 1 * 3 + 2  # (1, 2) to (2, 0)
+    assert (index == index.T).all()
+
+
+def test_windows_round_trip():
+    x = np.arange(2 * 6 * 4 * 3).reshape(2, 6, 4, 3)
+    cut = layers.to_windows(x, 2)
+    np.testing.assert_array_equal(cut[1].reshape(2, 2, 3), x[0, :2, 2:])  # row by row
+    np.testing.assert_array_equal(layers.from_windows(cut, 2, 6, 4), x)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    layer = layers.DropPath(0.25)
+    out = layer.apply({}, x, True, rngs={"drop_path": jax.random.key(0)})
+    assert (out == out[:, :1, :1]).all()
+    np.testing.assert_allclose(np.unique(out), [0, 4 / 3], atol=1e-6)
+    assert abs(float(out.mean()) - 1) < 0.03
+    assert (layer.apply({}, x, False) == x).all()
+
+
+def test_initial_weights_follow_the_original():
+    kernel = layers.conv_init(jax.random.key(0), (3, 3, 20, 400))
+    assert abs(kernel).max() <= 1 / np.sqrt(180)
+    np.testing.assert_allclose(kernel.std(), 1 / np.sqrt(3 * 180), rtol=0.02)
+    np.testing.assert_allclose(layers.linear_init(jax.random.key(0), (300, 300)).std(), 0.02,
+                               rtol=0.02)
+
+
+def batch_norm(frozen=False):
+    layer = layers.BatchNorm(frozen=frozen)
+    params = {"scale": normal(4, seed=1), "bias": normal(4, seed=2)}
+    stats = {"mean": normal(4, seed=3), "var": np.exp(normal(4, seed=4))}
+    return layer, {"params": params, "batch_stats": stats}
+
+
+def test_frozen_batch_norm_uses_and_keeps_stored_statistics():
+    layer, variables = batch_norm(frozen=True)
+    x = normal(3, 5, 5, 4)
+    out, changed = layer.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(out, layer.apply(variables, x, False))
+    jax.tree.map(np.testing.assert_array_equal, changed["batch_stats"], variables["batch_stats"])
+
+
+@pytest.mark.torch
+def test_batch_norm_trains_as_torch(reference):
+    import torch
+
+    layer, variables = batch_norm()
+    norm = torch.nn.BatchNorm2d(4)
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    flat = variables["params"] | variables["batch_stats"]
+    norm.load_state_dict({k: torch.tensor(flat[v]) for k, v in names.items()}, strict=False)
+    x, cotangent = normal(2, 3, 2, 4, scale=2) + 1, normal(2, 3, 2, 4, seed=5)  # 12 values a channel
+
+    def run(params, x):
+        return layer.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
+
+    out, pull, changed = jax.vjp(run, variables["params"], x, has_aux=True)
+    grads, x_grad = pull(cotangent)
+    theirs = nchw(x).requires_grad_()
+    expected = norm(theirs)
+    expected.backward(nchw(cotangent))
+    np.testing.assert_allclose(out, nhwc(expected), atol=ATOL)
+    np.testing.assert_allclose(x_grad, nhwc(theirs.grad), atol=ATOL)
+    np.testing.assert_allclose(grads["scale"], norm.weight.grad, atol=ATOL)
+    np.testing.assert_allclose(grads["bias"], norm.bias.grad, atol=ATOL)
+    np.testing.assert_allclose(changed["batch_stats"]["mean"], norm.running_mean, atol=ATOL)
+    np.testing.assert_allclose(changed["batch_stats"]["var"], norm.running_var, atol=ATOL)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("shape", [(1, 4, 4, 12), (2, 8, 4, 12), (2, 5, 7, 12), (1, 2, 3, 12)],
+                         ids=["one window", "whole windows", "padded", "smaller than a window"])
+def test_block_equals_torch(reference, shape):
+    theirs = reference.randomize(reference.Block(12, heads=3, window=4))
+    x = normal(*shape)
+    ours = tinyvit.Block(num_heads=3, window=4, hidden=48)
+    out = ours.apply(reference.variables_of(theirs), x, False)
+    np.testing.assert_allclose(out, nhwc(theirs(nchw(x))), atol=ATOL)
+
+
+@pytest.mark.torch
+def test_attention_equals_torch(reference):
+    theirs = reference.randomize(reference.Attention(12, heads=2, window=3))
+    x = normal(4, 9, 12)
+    out = layers.Attention(num_heads=2, window=3).apply(reference.variables_of(theirs), x)
+    import torch
+
+    np.testing.assert_allclose(out, theirs(torch.from_numpy(x)).detach(), atol=ATOL)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+@pytest.mark.parametrize("name", ["stem", "narrow stem", "mbconv", "downsample"])
+def test_convolutional_parts_equal_torch(reference, name, size):
+    theirs, ours, channels = {
+        "stem": lambda: (reference.Stem(8, (2, 2)), tinyvit.PatchEmbed(8), 3),
+        "narrow stem": lambda: (reference.Stem(8, (2, 1)), tinyvit.PatchEmbed(8, (2, 1)), 3),
+        "mbconv": lambda: (reference.MBConv(6, 24), tinyvit.MBConv(24), 6),
+        "downsample": lambda: (reference.Downsample(6, 10), tinyvit.PatchMerging(10), 6),
+    }[name]()
+    theirs = reference.randomize(theirs)
+    x = normal(2, *size, channels)
+    out = ours.apply(reference.variables_of(theirs), x, False)
+    np.testing.assert_allclose(out, nhwc(theirs(nchw(x))), atol=ATOL)

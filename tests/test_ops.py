@@ -1,0 +1,326 @@
+"""Pixel operations against PIL, which the original recipe used."""
+
+import concurrent.futures
+import io
+
+import cv2
+import numpy as np
+import pytest
+
+from tinyvit_jax.data import ops
+
+PIL = pytest.importorskip("PIL", minversion="10")
+from PIL import Image, ImageEnhance, ImageOps  # noqa: E402
+
+FILL = (124, 116, 104)
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A picture with the soft structure of a photograph over the full range of levels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 4), None, 0, 255, cv2.NORM_MINMAX)
+
+
+def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+IMAGES = {
+    "smooth": smooth_image(96, 80),
+    "noise": noise_image(61, 75),
+    "dark": smooth_image(64, 64) // 3 + 7,
+    "flat": np.full((32, 48, 3), 77, np.uint8),
+    "two levels": np.repeat(np.uint8([[[10], [200]]] * 9), 3, 2),
+}
+
+
+def save(image: np.ndarray, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def differ(ours: np.ndarray, pil) -> np.ndarray:
+    return np.abs(ours.astype(int) - np.asarray(pil).astype(int))
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("PNG", {}), ("JPEG", {"quality": 90}), ("JPEG", {"progressive": True}),
+    ("WEBP", {"lossless": True})])
+def test_decode_gives_the_pixels_of_pil(kind, options):
+    data = save(IMAGES["smooth"], kind, **options)
+    pixels = ops.decode(data, "x")
+    assert pixels.dtype == np.uint8
+    assert differ(pixels, Image.open(io.BytesIO(data)).convert("RGB")).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16"])
+def test_decode_brings_every_png_to_rgb(mode):
+    grey = IMAGES["smooth"][..., 0]
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(IMAGES["smooth"]).convert(mode)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    expected = grey[..., None].repeat(3, 2) if mode == "I;16" else image.convert("RGB")
+    assert differ(ops.decode(file.getvalue(), "x"), expected).max() == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_turns_an_image_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(IMAGES["smooth"], "JPEG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert differ(ops.decode(data, "x"), upright).max() == 0
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"no image", save(IMAGES["smooth"], "JPEG")[:-300], save(IMAGES["smooth"], "JPEG")[:-2],
+    save(IMAGES["smooth"], "PNG")[:2000]], ids=["empty", "text", "half", "no end", "half png"])
+def test_decode_names_an_image_it_cannot_read(data, capfd):
+    with pytest.raises(ops.ImageError, match=r"Image cat/7\.jpg cannot be decoded.*pack_images"):
+        ops.decode(data, "cat/7.jpg")
+
+
+def test_decode_is_not_deceived_by_the_end_of_a_thumbnail():
+    data = save(IMAGES["smooth"], "JPEG")
+    inner = b"\xff\xe1" + (2 + len(data)).to_bytes(2, "big") + data  # a whole JPEG in a segment
+    assert ops.decode(data[:2] + inner + data[2:], "x").shape == (96, 80, 3)
+    with pytest.raises(ops.ImageError):
+        ops.decode(data[:2] + inner + data[2:-2], "x")
+
+
+def test_end_of_a_jpeg_is_looked_for_whatever_opencv_does():
+    # OpenCV 5 refuses half a JPEG itself; earlier ones fill the rest with grey.
+    data = save(IMAGES["smooth"], "JPEG")
+    assert not ops._jpeg_stops_early(data)
+    assert not ops._jpeg_stops_early(data + b"trailing bytes")
+    assert ops._jpeg_stops_early(data[:-2])
+    assert ops._jpeg_stops_early(data[:2] + data[:-2])
+    assert ops._jpeg_stops_early(data[:2] + b"thumbnail \xff\xd9" + data[2:-2])
+    assert not ops._jpeg_stops_early(save(IMAGES["smooth"], "PNG"))
+
+
+def test_encoders_keep_the_pixels():
+    image = IMAGES["smooth"]
+    assert differ(ops.decode(ops.encode_png(image), "x"), image).max() == 0
+    assert differ(ops.decode(ops.encode_png(image[..., 0]), "x"), image[..., :1]).max() == 0
+    assert differ(ops.decode(ops.encode_jpeg(image), "x"), image).mean() < 3
+
+
+@pytest.mark.parametrize("size", [(40, 50), (96, 80), (200, 100), (64, 100), (100, 64), (3, 5)])
+def test_resize_has_the_size_and_the_mean(size):
+    out = ops.resize(IMAGES["smooth"], *size)
+    assert out.shape == (*size, 3)
+    assert out.dtype == np.uint8
+    assert abs(out.mean() - IMAGES["smooth"].mean()) < 4
+
+
+def test_resize_does_not_alias():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 254
+    assert differ(ops.resize(stripes, 16, 16), np.full((16, 16, 3), 127)).max() == 0
+
+
+@pytest.mark.parametrize("size", [(256, 341), (60, 47), (96, 80), (300, 500), (40, 200), (7, 5)])
+@pytest.mark.parametrize("name", ["smooth", "noise", "two levels"])
+def test_resize_bicubic_is_within_one_level_of_pil(name, size):
+    image = IMAGES[name]
+    # In two steps, as Pillow 13 goes down before across where the height shrinks the most.
+    across = Image.fromarray(image).resize((size[1], image.shape[0]), BICUBIC)
+    expected = across.resize(size[::-1], BICUBIC)
+    difference = differ(ops.resize_bicubic(image, *size), expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.005
+
+
+def test_resize_bicubic_computes_the_window_alone():
+    whole = ops.resize_bicubic(IMAGES["noise"], 50, 40)
+    window = ops.resize_bicubic(IMAGES["noise"], 50, 40, top=11, left=3, rows=20, cols=30)
+    assert np.array_equal(window, whole[11:31, 3:33])
+
+
+def test_resize_bicubic_to_its_own_size_changes_nothing():
+    assert np.array_equal(ops.resize_bicubic(IMAGES["noise"], 61, 75), IMAGES["noise"])
+
+
+def test_crop_flip_and_pad():
+    image = IMAGES["noise"]
+    assert np.array_equal(ops.crop(image, 5, 7, 20, 30), image[5:25, 7:37])
+    assert np.array_equal(ops.flip(image), image[:, ::-1])
+    padded = ops.pad(image, 4)
+    assert padded.shape == (69, 83, 3)
+    assert np.array_equal(padded[4:-4, 4:-4], image)
+    assert padded.sum() == image.sum()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_point_operations_equal_pil(name):
+    image, pil = IMAGES[name], Image.fromarray(IMAGES[name])
+    assert differ(ops.auto_contrast(image), ImageOps.autocontrast(pil)).max() == 0
+    assert differ(ops.equalize(image), ImageOps.equalize(pil)).max() == 0
+    assert differ(ops.invert(image), ImageOps.invert(pil)).max() == 0
+    for bits in range(1, 9):
+        assert differ(ops.posterize(image, bits), ImageOps.posterize(pil, bits)).max() == 0
+    for threshold in (0, 1, 26, 128, 255, 256):
+        assert differ(ops.solarize(image, threshold), ImageOps.solarize(pil, threshold)).max() == 0
+    added = pil.point([min(255, i + 99) if i < 128 else i for i in range(256)] * 3)
+    assert differ(ops.solarize_add(image, 99), added).max() == 0
+
+
+def test_posterize_to_no_bits_is_black():
+    assert ops.posterize(IMAGES["noise"], 0).max() == 0
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 0.19, 0.6, 1.0, 1.37, 1.81, 1.9])
+@pytest.mark.parametrize("name", IMAGES)
+def test_blends_equal_pil(name, factor):
+    image, pil = IMAGES[name], Image.fromarray(IMAGES[name])
+    for ours, theirs in ((ops.brightness, ImageEnhance.Brightness), (ops.color, ImageEnhance.Color),
+                         (ops.contrast, ImageEnhance.Contrast),
+                         (ops.sharpness, ImageEnhance.Sharpness)):
+        assert differ(ours(image, factor), theirs(pil).enhance(factor)).max() == 0
+
+
+def test_grey_levels_equal_pil_where_they_are_rounded():
+    colours = np.random.default_rng(1).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    grey = np.asarray(Image.fromarray(colours).convert("L"))[..., None].repeat(3, 2)
+    assert differ(ops.color(colours, 0.0), grey).max() == 0
+
+
+def pil_affine(image: np.ndarray, *matrix: float) -> Image.Image:
+    pil = Image.fromarray(image)
+    return pil.transform(pil.size, Image.Transform.AFFINE, matrix, BICUBIC, fillcolor=FILL)
+
+
+@pytest.mark.parametrize("fraction", [0.4017, -0.4017, 0.0031, -0.3333, 0.45, 0.0, 1.5, 0.0125])
+@pytest.mark.parametrize("name", IMAGES)
+def test_translation_is_within_one_level_of_pil(name, fraction):
+    image = IMAGES[name]
+    h, w = image.shape[:2]
+    right = pil_affine(image, 1, 0, fraction * w, 0, 1, 0)
+    down = pil_affine(image, 1, 0, 0, 0, 1, fraction * h)
+    assert differ(ops.translate_x(image, fraction, FILL), right).max() <= 1
+    assert differ(ops.translate_y(image, fraction, FILL), down).max() <= 1
+
+
+def test_translation_of_a_flat_image_stays_flat():
+    for level in (1, 77, 200, 255):
+        image = np.full((8, 50, 3), level, np.uint8)
+        for fraction in np.linspace(-0.45, 0.45, 181):
+            out = ops.translate_x(image, float(fraction), (level,) * 3)
+            assert (out == level).all(), (level, fraction)
+
+
+def geometric_pairs(image: np.ndarray):
+    pil = Image.fromarray(image)
+    for degrees in (29.1, -14.0, 0.0):
+        yield ops.rotate(image, degrees, FILL), pil.rotate(degrees, BICUBIC, fillcolor=FILL)
+    for factor in (0.27, -0.2):
+        yield ops.shear_x(image, factor, FILL), pil_affine(image, 1, factor, 0, 0, 1, 0)
+        yield ops.shear_y(image, factor, FILL), pil_affine(image, 1, 0, 0, factor, 1, 0)
+
+
+def test_rotation_and_shear_are_near_pil():
+    for ours, theirs in geometric_pairs(smooth_image(224, 200)):
+        difference = differ(ours, theirs)
+        assert difference.mean() < 0.7
+        assert (difference > 1).mean() < 0.03  # the border of the filled outside
+
+
+def test_rotation_and_shear_move_a_pattern_to_the_same_place():
+    # On noise the two bicubic kernels differ most; a shift by half a pixel would double this.
+    for ours, theirs in geometric_pairs(cv2.GaussianBlur(noise_image(128, 128), (0, 0), 1)):
+        assert differ(ours, theirs).mean() < 1.5
+
+
+@pytest.mark.parametrize(("name", "level", "negative", "expected"), [
+    ("AutoContrast", 9, False, 0), ("Equalize", 9, True, 0), ("Invert", 9, False, 0),
+    ("Rotate", 9, False, 27), ("Rotate", 9, True, -27),
+    ("PosterizeIncreasing", 9, False, 1), ("PosterizeIncreasing", 10, False, 0),
+    ("PosterizeIncreasing", 7.4, True, 2),
+    ("SolarizeIncreasing", 9, False, 26), ("SolarizeIncreasing", 0, False, 256),
+    ("SolarizeAdd", 9, False, 99), ("SolarizeAdd", 10, False, 110),
+    ("ColorIncreasing", 9, False, 1.81), ("ContrastIncreasing", 9, True, 0.19),
+    ("BrightnessIncreasing", 10, True, 0.1), ("SharpnessIncreasing", 5, False, 1.45),
+    ("ShearX", 9, True, -0.27), ("ShearY", 9, False, 0.27),
+    ("TranslateXRel", 9, False, 0.405), ("TranslateYRel", 9, True, -0.405),
+])
+def test_arguments_follow_the_level(name, level, negative, expected):
+    assert ops.make_argument(name, level, negative) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ops.RAND_AUGMENT)
+def test_every_operation_keeps_shape_and_its_input(name):
+    image = smooth_image(40, 56)
+    before = image.copy()
+    for negative in (False, True):
+        out = ops.RAND_AUGMENT[name](image, ops.make_argument(name, 9.2, negative), FILL)
+        assert out.shape == image.shape
+        assert out.dtype == np.uint8
+        assert not np.array_equal(out, before)
+    assert np.array_equal(image, before)
+
+
+def test_order_of_the_operations_is_frozen():
+    assert list(ops.RAND_AUGMENT) == [
+        "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing",
+        "SolarizeIncreasing", "SolarizeAdd", "ColorIncreasing", "ContrastIncreasing",
+        "BrightnessIncreasing", "SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel",
+        "TranslateYRel"]
+
+
+def test_erase_fills_the_box_with_gaussian_noise():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    tables = ops.make_noise_tables(mean, std)
+    image = smooth_image(200, 200)
+    out = ops.erase(image, (20, 30, 180, 190), 12345, tables)
+    outside = np.ones((200, 200), bool)
+    outside[20:180, 30:190] = False
+    assert np.array_equal(out[outside], image[outside])
+    noise = (out[20:180, 30:190].reshape(-1, 3) / 255 - mean) / std
+    assert np.abs(noise.mean(0)).max() < 0.03
+    # Pixels end at 0 and 255, some two deviations from the mean, so a little of 1 is missing.
+    assert (noise.std(0) > 0.95).all()
+    assert (noise.std(0) < 0.99).all()
+    assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.04
+
+
+def test_erase_is_a_function_of_its_key():
+    tables = ops.make_noise_tables((0.5,) * 3, (0.25,) * 3)
+    blank = np.zeros((4, 5, 3), np.uint8)
+    out = ops.erase(blank, (1, 1, 3, 4), 7, tables)
+    assert np.array_equal(out, ops.erase(blank, (1, 1, 3, 4), 7, tables))
+    assert not np.array_equal(out, ops.erase(blank, (1, 1, 3, 4), 8, tables))
+    # Frozen: the first bytes of Philox's raw stream under key 7.
+    assert out[1, 1].tolist() == [151, 255, 214]
+
+
+def test_noise_follows_the_quantiles_of_the_gaussian():
+    table = ops.make_noise_tables((0.5,) * 3, (0.1,) * 3)[0, :, 0].astype(int)
+    assert (np.diff(table) >= 0).all()
+    assert table[127] == 127
+    assert table[128] == 128
+    assert abs(table[40] - 255 * (0.5 - 0.1)) < 1  # 15.9 % lie below one deviation
+
+
+def test_opencv_runs_on_the_calling_thread_alone():
+    assert cv2.getNumThreads() == 1
+
+
+def test_closed_kernels_stay_off_in_every_thread():
+    image, argument = IMAGES["noise"], {"SharpnessIncreasing": 1.5, "Rotate": 9, "ShearX": 0.2,
+                                        "ShearY": 0.2, "TranslateXRel": 0.1, "TranslateYRel": 0.1}
+    calls = [lambda name=name: ops.RAND_AUGMENT[name](image, argument[name], FILL)
+             for name in argument] + [lambda: ops.resize(image, 90, 90)]
+
+    def run(call) -> bool:
+        cv2.ipp.setUseIPP(True)
+        call()
+        return cv2.ipp.useIPP()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert not any(pool.map(run, calls))

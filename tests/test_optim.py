@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tinyvit_jax import config as configs
+from tinyvit_jax import optim
+
+
+def section(**changes):
+    c = configs.default().optim
+    c.update(changes)
+    return c
+
+
+def reference_rate(c, batch, steps, per_epoch, step):
+    """The original's rule, step by step, in plain Python."""
+    scale = batch / 512
+    t, warmup = max(step - 1, 0), int(c.warmup_epochs * per_epoch)
+    if t < warmup:
+        return scale * (c.warmup_learning_rate
+                        + t * (c.learning_rate - c.warmup_learning_rate) / warmup)
+    span = c.learning_rate - c.min_learning_rate
+    return scale * (c.min_learning_rate + 0.5 * span * (1 + np.cos(np.pi * t / steps)))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 99, 100, 101, 102, 500, 1999, 2000])
+def test_schedule(step):
+    c = section(warmup_epochs=5.0)
+    schedule = optim.make_schedule(c, 1024, steps=2000, steps_per_epoch=20.0)
+    expected = reference_rate(c, 1024, 2000, 20.0, step)
+    assert float(schedule(jnp.asarray(step))) == pytest.approx(expected, rel=2e-5)
+
+
+def test_first_two_updates_run_at_the_warmup_rate():
+    schedule = optim.make_schedule(section(), 512, 100, 2.0)
+    assert float(schedule(0)) == float(schedule(1)) == pytest.approx(5e-7)
+
+
+def params():
+    leaf = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    block = {"attn": {"qkv": leaf, "attention_biases": jnp.ones((2, 9))}, "norm": {"scale": jnp.ones(3)}}
+    return {"patch_embed": {"seq_0": {"c": leaf}},
+            "layers_0": {"blocks_0": {"conv1": {"c": leaf}}, "downsample": {"conv1": {"c": leaf}}},
+            "layers_1": {"blocks_0": block, "blocks_1": block}, "norm_head": leaf, "head": leaf}
+
+
+def test_decay_mask():
+    mask = optim.decay_mask(params())
+    assert mask["head"] == {"kernel": True, "bias": False}
+    block = mask["layers_1"]["blocks_0"]
+    assert block["attn"]["qkv"] == {"kernel": True, "bias": False}
+    assert not block["attn"]["attention_biases"]
+    assert not block["norm"]["scale"]
+
+
+def test_layer_scales():
+    scale = optim.layer_scales(params(), 0.5, depths=(1, 2))
+    assert scale["patch_embed"]["seq_0"]["c"]["kernel"] == 0.25
+    assert scale["layers_0"]["blocks_0"]["conv1"]["c"]["kernel"] == 0.25
+    assert scale["layers_0"]["downsample"]["conv1"]["c"]["kernel"] == 0.25
+    assert scale["layers_1"]["blocks_0"]["norm"]["scale"] == 0.5
+    assert scale["layers_1"]["blocks_1"]["norm"]["scale"] == 1.0
+    assert scale["norm_head"]["bias"] == scale["head"]["kernel"] == 1.0
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_updates_follow_torch_adamw(clip):
+    torch = pytest.importorskip("torch")
+    g = np.random.default_rng(0)
+    start = {"kernel": g.normal(size=(4, 3)).astype(np.float32),
+             "bias": g.normal(size=3).astype(np.float32)}
+    c = section(learning_rate=0.01, weight_decay=0.1, clip_norm=clip)
+    tree = {"head": jax.tree.map(jnp.asarray, start)}
+    tx = optim.make_optimizer(c, lambda step: 0.01, tree, (1,))
+    state = tx.init(tree)
+    own = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+    adam = torch.optim.AdamW([{"params": [own["kernel"]], "weight_decay": 0.1},
+                              {"params": [own["bias"]], "weight_decay": 0.0}], lr=0.01, eps=1e-8)
+    for _ in range(10):
+        grads = {k: g.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
+        updates, state = tx.update({"head": grads}, state, tree)
+        tree = optax.apply_updates(tree, updates)
+        for k, p in own.items():
+            p.grad = torch.tensor(grads[k])
+        if clip:
+            torch.nn.utils.clip_grad_norm_(own.values(), clip)
+        adam.step()
+    for k, p in own.items():
+        np.testing.assert_allclose(tree["head"][k], p.detach().numpy(), atol=2e-6)

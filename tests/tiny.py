@@ -1,0 +1,57 @@
+"""A whole run at the smallest size: images of three classes, a teacher and a student of seconds."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from tinyvit_jax import config as configs
+
+CLASSES = ("blobs", "checks", "stripes")
+
+
+def draw(name: str, generator: np.random.Generator, size: int) -> np.ndarray:
+    """One uint8 [size, size, 3] picture of a class."""
+    y, x = np.mgrid[:size, :size]
+    period, shift = generator.integers(4, 8), generator.integers(0, 8)
+    pattern = {"stripes": (x + shift) // period % 2,
+               "checks": ((x + shift) // period + y // period) % 2,
+               "blobs": ((x - size / 2) ** 2 + (y - size / 2) ** 2) < (3 + period) ** 2}[name]
+    colour = generator.integers(60, 256, 3)
+    noise = generator.integers(0, 40, (size, size, 3))
+    return np.clip(pattern[..., None] * colour + noise, 0, 255).astype(np.uint8)
+
+
+def make_folder(root: Path, images: int = 12, size: int = 24) -> Path:
+    """A class-per-folder tree of JPEG and PNG files."""
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(images):
+            picture = draw(name, np.random.default_rng(1000 * label + i), size)
+            suffix = ("jpg", "png")[i % 2]
+            cv2.imwrite(str(root / name / f"{i:03d}.{suffix}"), picture)
+    return root
+
+
+def make_config(folder: Path, mixed: bool = True):
+    """A distillation run over `folder` in a few updates."""
+    c = configs.default()
+    c.data.source = f"folder:{folder}"
+    c.data.threads = 2
+    c.augment.name, c.augment.pad = "small", 2
+    if mixed:
+        c.augment.mixup, c.augment.cutmix = 0.8, 1.0
+    shape = {"name": "tiny_vit", "image_size": 16, "stem_strides": (2, 1), "depths": (1, 1, 1, 1),
+             "embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2),
+             "window_sizes": (4, 4, 4, 4)}
+    c.model.update(shape)
+    c.model.drop_path = 0.1
+    c.teacher.update(shape)
+    c.teacher.epochs, c.teacher.batch_size = 2, 8
+    c.objective.name = "stored_logits"
+    c.store.update({"passes": 2, "top_k": 2, "shard_views": 16, "block_views": 8, "capture": True})
+    c.train.batch_size, c.train.epochs = 8, 2.0
+    c.eval.batch_size, c.eval.crop_ratio = 8, 1.0
+    c.optim.update({"learning_rate": 0.05, "warmup_epochs": 0.5})
+    c.log_every = 2
+    return c

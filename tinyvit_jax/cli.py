@@ -1,0 +1,70 @@
+"""What main and the tools share: the flags that name a run, and errors that people can read."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from tinyvit_jax import config as configs
+from tinyvit_jax import log
+
+
+def define_flags() -> None:
+    """Defines --config and --workdir."""
+    config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/; any key: --config.section.key=value.",
+        lock_config=True)
+    flags.DEFINE_string("workdir", None,
+                        "Where the run lives and resumes; default runs/NAME_OF_CONFIG.")
+    flags.mark_flag_as_required("config")
+
+
+def read_flags() -> tuple[ml_collections.ConfigDict, Path]:
+    """The checked config and the workdir of the command line."""
+    config = flags.FLAGS.config
+    configs.check(config)
+    stem = Path(flags.FLAGS["config"].config_filename).stem
+    return config, Path(flags.FLAGS.workdir or Path("runs") / stem)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in ~/.cache/tinyvit_jax unless JAX is told otherwise."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path("~/.cache/tinyvit_jax").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Parses the flags and runs `main`; an error of the user's is one paragraph and exit code 1.
+
+    With TINYVIT_TRACEBACK=1 in the environment the whole traceback is shown.
+    """
+    def start(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise configs.ConfigError(
+                f"Unknown argument {argv[1]}. Settings are written --config.section.key=value.")
+        logging.set_verbosity(logging.WARNING)  # orbax tells of every file it touches
+        log.set_up_logging()
+        return main()
+
+    try:
+        app.run(start, flags_parser=_parse)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        if os.environ.get("TINYVIT_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the command line; an unknown config key is an error that names its neighbours."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        text = error.args[0] if error.args else error
+        sys.exit(f"error: {text} All keys with their defaults are in tinyvit_jax/config.py.")

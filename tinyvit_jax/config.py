@@ -1,0 +1,177 @@
+"""Every key of a run with its default and what it means; `check` finds what cannot work.
+
+A file in configs/ calls `default()` and changes what differs; the command line overrides any key by
+`--config.section.key=value`.
+"""
+
+import ml_collections
+
+OBJECTIVES = ("supervised", "stored_logits")
+AUGMENTS = ("imagenet", "small", "none")
+EVAL_CROPS = ("center", "square")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, what was found and what to do."""
+
+
+def default() -> ml_collections.ConfigDict:
+    """The complete configuration of a supervised run of TinyViT-5M on the embedded images."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # initial weights and drop path; the order and views of images hang on data.seed
+
+    c.data = d = ml_collections.ConfigDict()
+    d.source = "embedded"  # embedded | folder:/path | pack:/path | tfds:name
+    d.eval_source = ""  # of the evaluation images; "" = the same source's own split
+    d.train_split = "train"
+    d.eval_split = "eval"  # val/ or test/ of a folder or pack, else 10 % held out; or a tfds split
+    d.data_dir = ""  # where tensorflow-datasets keeps its files; "" = its own default
+    d.seed = 0  # order of the images, seeds of the views; a store keeps its own
+    d.mean = (0.485, 0.456, 0.406)  # the student's normalisation, of pixels scaled to [0, 1]
+    d.std = (0.229, 0.224, 0.225)
+    d.workers = 0  # extra processes that prepare batches; 0 = threads of this one
+    d.threads = 0  # threads that prepare batches, in each worker; 0 = one for each CPU core
+    d.prefetch = 2  # batches kept ready for each thread
+
+    c.augment = a = ml_collections.ConfigDict()
+    a.name = "imagenet"  # imagenet: random resized crop | small: pad and crop | none: as evaluation
+    a.scale = (0.08, 1.0)  # area of the random resized crop, as a fraction of the image
+    a.ratio = (3 / 4, 4 / 3)  # its aspect ratio
+    a.pad = 4  # pixels of zero padding around an image of "small" before its crop
+    a.flip = 0.5  # probability of a horizontal flip
+    a.rand_augment = "rand-m9-mstd0.5-inc1"  # timm's notation; "" = off
+    a.color_jitter = 0.4  # brightness, contrast, saturation; used only where rand_augment is off
+    a.erase = 0.25  # probability of random erasing (one rectangle of noise)
+    a.mixup = 0.0  # alpha of the Beta distribution; 0 = no mixup
+    a.cutmix = 0.0  # alpha; 0 = no CutMix
+    a.mix_prob = 1.0  # probability that a pair is mixed at all, where mixup or cutmix is on
+    a.mix_switch = 0.5  # probability of CutMix where both are on
+
+    c.model = m = ml_collections.ConfigDict()
+    _add_architecture(m)
+    m.name = "tiny_vit_5m_224"  # one of tinyvit_jax.models.VARIANTS, or tiny_vit for one's own
+    m.num_classes = 0  # 0 = as many as the image source has
+    m.drop_path = 0.0  # stochastic depth, the last block's rate
+    m.dtype = "float32"  # of activations: float32 | bfloat16; weights, norms, softmax stay float32
+    m.remat = False  # recompute the blocks' activations in the backward pass to save memory
+    m.freeze_norm = False  # BatchNorm uses its stored statistics while training
+    m.init_from = ""  # weights to start from: a workdir of ours, a .pth or a .safetensors
+
+    c.objective = o = ml_collections.ConfigDict()
+    o.name = "supervised"  # supervised | stored_logits
+    o.smoothing = 0.1  # label smoothing of the supervised objective
+
+    c.store = s = ml_collections.ConfigDict()
+    s.path = ""  # folder of the teacher-logit store; "" = WORKDIR/store
+    s.passes = 1  # views of each image to store (and the number that training expects)
+    s.top_k = 10  # classes kept for each view
+    s.shard_views = 16384  # views in a shard: the unit of resume and of parallel capture
+    s.block_views = 256  # views in a record: the unit of reading and of checksums
+    s.capture = False  # main captures missing passes itself; else it says which command does
+
+    c.teacher = t = ml_collections.ConfigDict()
+    _add_architecture(t)
+    t.name = ""  # a variant of ours, or module:function of a user's own
+    t.weights = ""  # a workdir of ours, a .pth, a .safetensors; "" = train it by the recipe below
+    t.mean = (0.485, 0.456, 0.406)
+    t.std = (0.229, 0.224, 0.225)
+    t.batch_size = 256
+    t.epochs = 0  # recipe of a teacher trained on the labels first; 0 = none
+    t.learning_rate = 2e-3  # peak, unscaled
+
+    c.optim = p = ml_collections.ConfigDict()
+    p.learning_rate = 5e-4  # peak, for a global batch of 512: scaled by batch/512 if scale_by_batch
+    p.warmup_learning_rate = 5e-7  # scaled likewise
+    p.min_learning_rate = 5e-6  # scaled likewise
+    p.scale_by_batch = True
+    p.warmup_epochs = 5.0
+    p.weight_decay = 0.05
+    p.betas = (0.9, 0.999)
+    p.eps = 1e-8
+    p.clip_norm = 5.0  # of the global gradient; 0 = off
+    p.layer_decay = 1.0  # factor of the learning rate from block to block towards the stem; 1 = off
+    p.ema = 0.0  # decay of the averaged weights that are evaluated and exported; 0 = off
+
+    c.train = r = ml_collections.ConfigDict()
+    r.batch_size = 1024  # views in an update, over all devices and accumulation steps
+    r.accumulate = 1  # micro-batches an update is summed over
+    r.epochs = 300.0  # an epoch is as many views as the source has images
+    r.max_skipped = 20  # updates with a non-finite gradient, in a row, before the run stops
+
+    c.eval = e = ml_collections.ConfigDict()
+    e.every_epochs = 1.0
+    e.batch_size = 256
+    e.crop = "center"  # center: short side to size / crop_ratio, then crop | square: resize
+    e.crop_ratio = 224 / 256
+
+    c.checkpoint = k = ml_collections.ConfigDict()
+    k.every_epochs = 1.0
+    k.keep_last = 2
+    k.keep_best = True  # by top-1
+
+    c.log_every = 50  # updates between lines of metrics.jsonl
+    c.label_only_twin = False  # also train the student on labels alone, for the comparison
+    c.export_torch = ""  # file of PyTorch weights to write at the end, in WORKDIR; "" = none
+    return c
+
+
+def _add_architecture(section: ml_collections.ConfigDict) -> None:
+    """Adds the keys that override a variant's own shape."""
+    section.image_size = 0  # pixels; 0 = the variant's own
+    section.embed_dims = ()  # width of each stage; () = the variant's own, here and below
+    section.depths = ()  # blocks of each stage
+    section.num_heads = ()  # attention heads of each stage
+    section.window_sizes = ()  # windows of each stage, in tokens
+    section.stem_strides = ()  # of the stem's two convolutions; (2, 1) and (1, 1) for small images
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for the first setting that cannot work."""
+
+    def need(ok: bool, key: str, found: object, expected: str) -> None:
+        if not ok:
+            raise ConfigError(
+                f"--config.{key}={found} cannot work: expected {expected}. Set it on the command "
+                f"line as --config.{key}=VALUE, or in the config file."
+            )
+
+    def one_of(key: str, found: str, choices: tuple[str, ...]) -> None:
+        need(found in choices, key, found, "one of " + ", ".join(choices))
+
+    c = config
+    one_of("objective.name", c.objective.name, OBJECTIVES)
+    one_of("augment.name", c.augment.name, AUGMENTS)
+    one_of("eval.crop", c.eval.crop, EVAL_CROPS)
+    one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
+    for section, key in (("train", "batch_size"), ("train", "accumulate"), ("eval", "batch_size"),
+                         ("store", "passes"), ("store", "top_k"), ("store", "block_views"),
+                         ("teacher", "batch_size"), ("checkpoint", "keep_last")):
+        need(c[section][key] >= 1, f"{section}.{key}", c[section][key], "a whole number >= 1")
+    need(c.log_every >= 1, "log_every", c.log_every, "a whole number >= 1")
+    for section in ("train", "eval", "checkpoint"):
+        key = "epochs" if section == "train" else "every_epochs"
+        need(c[section][key] > 0, f"{section}.{key}", c[section][key], "a number above 0")
+    views = 2 * c.train.accumulate if mixes(c) else c.train.accumulate
+    need(c.train.batch_size % views == 0, "train.batch_size", c.train.batch_size,
+         f"a multiple of {views} (train.accumulate, times 2 where views are mixed in pairs)")
+    need(c.store.block_views % 2 == 0, "store.block_views", c.store.block_views, "an even number")
+    need(c.store.shard_views % c.store.block_views == 0, "store.shard_views", c.store.shard_views,
+         f"a multiple of store.block_views ({c.store.block_views})")
+    for key in ("mixup", "cutmix"):
+        need(0 <= c.augment[key] <= 4, f"augment.{key}", c.augment[key], "an alpha from 0 to 4")
+    for key in ("flip", "erase", "mix_prob", "mix_switch"):
+        need(0 <= c.augment[key] <= 1, f"augment.{key}", c.augment[key], "a probability")
+    need(0 <= c.objective.smoothing < 1, "objective.smoothing", c.objective.smoothing,
+         "a number in [0, 1)")
+    need(0 <= c.model.drop_path < 1, "model.drop_path", c.model.drop_path, "a rate in [0, 1)")
+    need(0 < c.eval.crop_ratio <= 1, "eval.crop_ratio", c.eval.crop_ratio, "a ratio in (0, 1]")
+    p = c.optim
+    need(0 < p.layer_decay <= 1, "optim.layer_decay", p.layer_decay, "a factor in (0, 1]")
+    need(0 <= p.ema < 1, "optim.ema", p.ema, "a decay in [0, 1)")
+    need(p.learning_rate > 0, "optim.learning_rate", p.learning_rate, "a number above 0")
+
+
+def mixes(config: ml_collections.ConfigDict) -> bool:
+    """Whether views are mixed in pairs."""
+    a = config.augment
+    return a.mix_prob > 0 and (a.mixup > 0 or a.cutmix > 0)

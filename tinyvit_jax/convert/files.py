@@ -1,0 +1,162 @@
+"""Files of weights: PyTorch's .pth and .pt, and .safetensors, as dicts of numpy arrays."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+State = dict[str, np.ndarray]
+
+_TORCH = (".pth", ".pt")
+_WRAPPERS = ("model", "state_dict")  # under which training scripts keep the weights
+
+
+class WeightsError(ValueError):
+    """A file or dict of weights that cannot be used; the message says what to do."""
+
+
+def read_state(path: str | os.PathLike) -> State:
+    """Reads a file of weights.
+
+    A training checkpoint that keeps its weights under "model" or "state_dict" gives those. Half
+    precision becomes float32.
+
+    Args:
+        path: a .pth, .pt or .safetensors file.
+
+    Returns:
+        Arrays by the file's own keys.
+
+    Raises:
+        WeightsError: another ending, a truncated or foreign file, or a package that is missing.
+    """
+    path = pathlib.Path(path)
+    reader = _choose(path, _read_torch, _read_safetensors)
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}; give the path of a .pth or .safetensors file")
+    return reader(path)
+
+
+def write_state(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
+    """Writes weights so that the file is either complete or not there.
+
+    Args:
+        path: a .pth or .pt, which gets {"model": tensors} as the original's files have, or a
+            .safetensors.
+        state: arrays by key.
+
+    Raises:
+        WeightsError: another ending, or a package that is missing.
+    """
+    path = pathlib.Path(path)
+    writer = _choose(path, _write_torch, _write_safetensors)
+    arrays = {key: np.ascontiguousarray(value) for key, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        writer(pathlib.Path(temporary), arrays)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own is private
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def unwrap(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights in a training checkpoint, or the dict itself where it holds weights."""
+    for key in _WRAPPERS:
+        if isinstance(state.get(key), Mapping):
+            return state[key]
+    return state
+
+
+def _choose(path: pathlib.Path, of_torch: Callable, of_safetensors: Callable) -> Callable:
+    if path.suffix in _TORCH:
+        return of_torch
+    if path.suffix == ".safetensors":
+        return of_safetensors
+    raise WeightsError(f"{path} has the ending {path.suffix!r}: expected .pth, .pt or .safetensors")
+
+
+def _read_torch(path: pathlib.Path) -> State:
+    torch = _import_torch(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler meets
+        raise WeightsError(
+            f"{path} cannot be read as PyTorch weights ({type(error).__name__}: {_line(error)}). "
+            "It is truncated, not a PyTorch file, or a checkpoint with Python objects beside the "
+            "tensors; download it again, or save its state_dict alone with torch.save.") from error
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"{path} holds a {type(loaded).__name__}; expected a dict of tensors, "
+                           "as torch.save(model.state_dict(), path) writes")
+    state = unwrap(loaded)
+    others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise WeightsError(f"{path} holds other things than tensors: {', '.join(others[:5])}; save "
+                           "the model's state_dict alone with torch.save")
+    return {key: _to_numpy(torch, value) for key, value in state.items()}
+
+
+def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+    """A tensor as an array; numpy has no bfloat16, and halves gain nothing here."""
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _write_torch(path: pathlib.Path, state: State) -> None:
+    torch = _import_torch(path)
+    # A copy: tensors over read-only arrays are refused, and scalars have lost their shape.
+    tensors = {key: torch.tensor(value) for key, value in state.items()}
+    torch.save({"model": tensors}, path)
+
+
+def _read_safetensors(path: pathlib.Path) -> State:
+    safetensors = _import_safetensors(path)
+    try:
+        state = safetensors.load_file(path)
+    except Exception as error:  # the package's own error class is not public in every version
+        raise WeightsError(f"{path} cannot be read as safetensors ({_line(error)}). It is "
+                           "truncated or another kind of file; download it again.") from error
+    return {key: value if value.dtype.kind in "iub" else value.astype(np.float32)
+            for key, value in state.items()}
+
+
+def _write_safetensors(path: pathlib.Path, state: State) -> None:
+    _import_safetensors(path).save_file(state, path)
+
+
+def _import_torch(path: pathlib.Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(f'{path.name} needs PyTorch: pip install "tinyvit_jax[torch]", or use '
+                           "a .safetensors file") from error
+    return torch
+
+
+def _import_safetensors(path: pathlib.Path) -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise WeightsError(f"{path.name} needs the package safetensors: pip install safetensors, "
+                           'or all of pip install "tinyvit_jax[torch]"') from error
+    return safetensors.numpy
+
+
+def _line(error: Exception) -> str:
+    """The start of an error's first line."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _umask() -> int:
+    """The process's mask of file permissions, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

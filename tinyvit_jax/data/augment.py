@@ -1,0 +1,401 @@
+"""Augmented views of images as pure functions: seed -> View, (image, View) -> pixels.
+
+The teacher saw a view years ago on another machine; training must show the student the same pixels.
+So a view is a tuple of plain numbers, drawn from its seed alone and from numbered slots
+(`data.draws`), and applied by operations that depend on nothing else. What a view looks like also
+hangs on a Spec, which a store keeps and training compares field by field.
+
+Frozen: a change that moves a draw or a pixel is a new VERSION.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinyvit_jax.data import draws, ops
+
+VERSION = 1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
+
+Box = tuple[int, int, int, int]  # y0, x0, y1, x1; the end is outside
+NO_BOX: Box = (0, 0, 0, 0)
+
+_ATTEMPTS = 10  # at a crop or an erased rectangle that fits
+_APPLIED = 0.5  # probability that a drawn RandAugment operation is applied
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+_VIEW_CROP, _VIEW_RATIO = "center", 224 / 256  # the view of "none"
+
+# Slots of a view. Ranges leave room; a slot is never given a second meaning.
+_TOP, _LEFT, _FLIP = 0, 1, 2
+_JITTER = 10  # order, brightness, contrast, saturation
+_ERASE, _ERASE_TOP, _ERASE_LEFT, _ERASE_NOISE = 20, 21, 22, 23
+_CROP_TRY, _ERASE_TRY = 100, 200  # area and ratio of each attempt
+_OPS = 300  # _OP_SLOTS for each operation: which, applied, magnitude (2), direction
+_OP_SLOTS = 5
+# Slots of a pair's mixing parameters.
+_MIX, _SWITCH, _MIX_TOP, _MIX_LEFT, _BETA = 10_000, 10_001, 10_002, 10_003, 10_100
+
+
+class SpecError(ValueError):
+    """An augmentation setting that cannot work; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Everything besides the seed that a view and its mixing depend on.
+
+    Fields are those of `config.augment` and mean the same, and besides them:
+        version: of the code that draws and applies views.
+        image_size: side of a view in pixels.
+        mean, std: of the noise that erases; the fill of RandAugment is round(255 * mean).
+    """
+
+    name: str
+    version: int
+    image_size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    pad: int
+    flip: float
+    rand_augment: str
+    color_jitter: float
+    erase: float
+    mixup: float
+    cutmix: float
+    mix_prob: float
+    mix_switch: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class View(NamedTuple):
+    """One augmented view, before it meets its image. Only what the Spec switches on is not empty.
+
+    Attributes:
+        crop: (area fraction, aspect ratio) of each attempt at a crop.
+        top: where the crop begins in its free range, in [0, 1).
+        left: likewise.
+        flip: mirrored or not.
+        ops: (name, argument) of RandAugment or of the colour jitter, in order of application.
+        erase: the erased rectangle, or NO_BOX.
+        noise: the key of the noise in it.
+    """
+
+    crop: tuple[tuple[float, float], ...]
+    top: float
+    left: float
+    flip: bool
+    ops: tuple[tuple[str, float], ...]
+    erase: Box
+    noise: int
+
+
+def make_spec(augment_config: Any, image_size: int) -> Spec:
+    """Reads a Spec from `config.augment`, or from anything with its attributes.
+
+    Settings without effect (the colour jitter beside RandAugment, the padding of "imagenet" ...)
+    are set to zero, so that two specs differ only where their views do.
+
+    Raises:
+        SpecError: for an unknown name or a RandAugment string that is not understood.
+    """
+    a = augment_config
+    if a.name not in ("imagenet", "small", "none"):
+        raise SpecError(f"--config.augment.name={a.name} is unknown: expected imagenet, small or "
+                        f"none.")
+    random, crops, mixes = a.name != "none", a.name == "imagenet", a.mixup > 0 or a.cutmix > 0
+    rand_augment = a.rand_augment if random else ""
+    _parse_rand_augment(rand_augment)
+    return Spec(
+        name=a.name, version=VERSION, image_size=int(image_size),
+        scale=_pair(a.scale) if crops else (0.0, 0.0),
+        ratio=_pair(a.ratio) if crops else (0.0, 0.0),
+        pad=int(a.pad) if a.name == "small" else 0,
+        flip=float(a.flip) if random else 0.0,
+        rand_augment=rand_augment,
+        color_jitter=float(a.color_jitter) if random and not rand_augment else 0.0,
+        erase=float(a.erase) if random else 0.0,
+        mixup=float(a.mixup) if a.mix_prob > 0 else 0.0,
+        cutmix=float(a.cutmix) if a.mix_prob > 0 else 0.0,
+        mix_prob=float(a.mix_prob) if mixes else 0.0,
+        mix_switch=float(a.mix_switch) if a.mixup > 0 and a.cutmix > 0 and a.mix_prob > 0 else 0.0,
+        mean=MEAN, std=STD,
+    )
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = values
+    return float(low), float(high)
+
+
+def to_dict(spec: Spec) -> dict[str, Any]:
+    """A dictionary that JSON keeps without loss."""
+    return {key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(spec).items()}
+
+
+def from_dict(fields: Mapping[str, Any]) -> Spec:
+    """The Spec that `to_dict` wrote.
+
+    Raises:
+        SpecError: for a version this code does not replay, or fields that are not a Spec's.
+    """
+    found = fields.get("version")
+    if found != VERSION:
+        raise SpecError(
+            f"The augmentation has version {found}, and this tinyvit_jax replays version {VERSION} "
+            f"only. Install the release of tinyvit_jax that wrote it, or make the store again."
+        )
+    known = {field.name for field in dataclasses.fields(Spec)}
+    if known != set(fields):
+        raise SpecError(
+            f"The augmentation of version {VERSION} does not have its fields: missing "
+            f"{sorted(known - set(fields))}, unknown {sorted(set(fields) - known)}. The manifest "
+            f"was edited or damaged; restore it, or make the store again."
+        )
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                              for key, value in fields.items()}
+    return Spec(**values)
+
+
+class _RandAugment(NamedTuple):
+    magnitude: float
+    std: float
+    operations: int
+
+
+@functools.lru_cache(maxsize=16)
+def _parse_rand_augment(text: str) -> _RandAugment:
+    """Reads timm's notation, for example rand-m9-mstd0.5-inc1; "" has no operations."""
+    if not text:
+        return _RandAugment(0.0, 0.0, 0)
+    parts = text.split("-")
+    matches = [re.fullmatch(r"(mstd|m|n|inc)([\d.]+)", part) for part in parts[1:]]
+    found = {match[1]: match[2] for match in matches if match}
+    try:
+        if parts[0] != "rand" or len(found) != len(parts) - 1 or int(found.get("inc", 0)) != 1:
+            raise ValueError(text)
+        parsed = _RandAugment(int(found.get("m", 10)), float(found.get("mstd", 0)),
+                              int(found.get("n", 2)))
+        if not (0 <= parsed.magnitude <= 10 and parsed.operations >= 1):
+            raise ValueError(text)
+    except ValueError:
+        raise SpecError(
+            f"--config.augment.rand_augment={text} is not understood: expected a string like "
+            f"rand-m9-mstd0.5-inc1, that is a magnitude m of 0 to 10, its spread mstd, a number n "
+            f"of operations (2 if left out) and inc1, the one set of operations there is; or "
+            f"nothing, to switch it off."
+        ) from None
+    return parsed
+
+
+def sample_view(seed: int, spec: Spec) -> View:
+    """Draws a view from its seed, a whole number of up to 64 bits."""
+    if spec.name == "none":
+        return View((), 0.0, 0.0, False, (), NO_BOX, 0)
+    crop: tuple[tuple[float, float], ...] = ()
+    if spec.name == "imagenet":
+        crop = tuple(_area_and_ratio(seed, _CROP_TRY + 2 * i, spec.scale, spec.ratio)
+                     for i in range(_ATTEMPTS))
+    box = _sample_erased(seed, spec)
+    return View(
+        crop=crop,
+        top=draws.unit(seed, _TOP),
+        left=draws.unit(seed, _LEFT),
+        flip=draws.unit(seed, _FLIP) < spec.flip,
+        ops=_sample_ops(seed, spec) if spec.rand_augment else _sample_jitter(seed, spec),
+        erase=box,
+        noise=draws.hash64(seed, _ERASE_NOISE) if box != NO_BOX else 0,
+    )
+
+
+def _area_and_ratio(seed: int, slot: int, area: tuple[float, float],
+                    ratio: tuple[float, float]) -> tuple[float, float]:
+    """An area, uniform, and an aspect ratio, uniform in its logarithm."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    fraction = area[0] + (area[1] - area[0]) * draws.unit(seed, slot)
+    # Rounded here and wherever a logarithm, power or cosine leads to pixels: platforms differ in
+    # its last bit, and no pixel may hang on that.
+    return fraction, round(math.exp(low + (high - low) * draws.unit(seed, slot + 1)), 9)
+
+
+def _sample_ops(seed: int, spec: Spec) -> tuple[tuple[str, float], ...]:
+    setting = _parse_rand_augment(spec.rand_augment)
+    names = list(ops.RAND_AUGMENT)
+    chosen = []
+    for i in range(setting.operations):
+        slot = _OPS + _OP_SLOTS * i
+        if draws.unit(seed, slot + 1) >= _APPLIED:
+            continue
+        name = names[int(draws.unit(seed, slot) * len(names))]
+        level = setting.magnitude + setting.std * _gauss(seed, slot + 2)
+        level = min(max(round(level, 9), 0.0), 10.0)
+        negative = draws.unit(seed, slot + 4) >= 0.5
+        chosen.append((name, ops.make_argument(name, level, negative)))
+    return tuple(chosen)
+
+
+def _gauss(seed: int, slot: int) -> float:
+    """A number of N(0, 1) by Box and Muller's transform of two draws."""
+    radius = math.sqrt(-2 * math.log(1 - draws.unit(seed, slot)))
+    return radius * math.cos(2 * math.pi * draws.unit(seed, slot + 1))
+
+
+_JITTERS = tuple(itertools.permutations(
+    ("BrightnessIncreasing", "ContrastIncreasing", "ColorIncreasing")))
+
+
+def _sample_jitter(seed: int, spec: Spec) -> tuple[tuple[str, float], ...]:
+    """Brightness, contrast and saturation in a drawn order, factors of 1 -+ the strength."""
+    if not spec.color_jitter:
+        return ()
+    low, high = max(0.0, 1 - spec.color_jitter), 1 + spec.color_jitter
+    order = _JITTERS[int(draws.unit(seed, _JITTER) * len(_JITTERS))]
+    slots = {name: _JITTER + 1 + i for i, name in enumerate(_JITTERS[0])}
+    return tuple((name, low + (high - low) * draws.unit(seed, slots[name])) for name in order)
+
+
+def _sample_erased(seed: int, spec: Spec) -> Box:
+    """The rectangle of Random Erasing (Zhong et al., 2020), or NO_BOX."""
+    if draws.unit(seed, _ERASE) >= spec.erase:
+        return NO_BOX
+    size = spec.image_size
+    for i in range(_ATTEMPTS):
+        area, ratio = _area_and_ratio(seed, _ERASE_TRY + 2 * i, _ERASED_AREA, _ERASED_RATIO)
+        h = round(math.sqrt(area * size * size * ratio))
+        w = round(math.sqrt(area * size * size / ratio))
+        if h < size and w < size:
+            y = int(draws.unit(seed, _ERASE_TOP) * (size - h + 1))
+            x = int(draws.unit(seed, _ERASE_LEFT) * (size - w + 1))
+            return (y, x, y + h, x + w) if h and w else NO_BOX
+    return NO_BOX
+
+
+def crop_box(view: View, spec: Spec, height: int, width: int) -> Box:
+    """Where the random resized crop of a view lies in an image of a given size.
+
+    The first attempt that fits is taken; where none of them does, the largest central crop whose
+    aspect ratio is allowed (the rule of torchvision and timm).
+    """
+    for area, ratio in view.crop:
+        w = round(math.sqrt(area * height * width * ratio))
+        h = round(math.sqrt(area * height * width / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            y, x = int(view.top * (height - h + 1)), int(view.left * (width - w + 1))
+            return y, x, y + h, x + w
+    low, high = spec.ratio
+    w = min(width, max(1, round(height * high)))
+    h = min(height, max(1, round(width / low)))
+    y, x = (height - h) // 2, (width - w) // 2
+    return y, x, y + h, x + w
+
+
+def apply_view(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
+    """Makes the pixels of a view.
+
+    Args:
+        image: uint8 [h, w, 3] RGB, of any size.
+        view: from `sample_view` with the same spec.
+        spec: the augmentation.
+
+    Returns:
+        uint8 [S, S, 3], S = spec.image_size.
+    """
+    if spec.name == "none":
+        return eval_view(image, spec.image_size, _VIEW_CROP, _VIEW_RATIO)
+    size = spec.image_size
+    if spec.name == "imagenet":
+        y0, x0, y1, x1 = crop_box(view, spec, *image.shape[:2])
+        image = ops.resize(ops.crop(image, y0, x0, y1 - y0, x1 - x0), size, size)
+    else:
+        free = 2 * spec.pad + 1
+        image = ops.pad(ops.resize(image, size, size), spec.pad)
+        image = ops.crop(image, int(view.top * free), int(view.left * free), size, size)
+    image = ops.flip(image) if view.flip else np.ascontiguousarray(image)
+    fill, noise = _fill_and_noise(spec.mean, spec.std)
+    for name, argument in view.ops:
+        image = ops.RAND_AUGMENT[name](image, argument, fill)
+    if view.erase != NO_BOX:
+        image = ops.erase(image, view.erase, view.noise, noise)
+    return image
+
+
+@functools.lru_cache(maxsize=16)
+def _fill_and_noise(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[ops.Fill, np.ndarray]:
+    r, g, b = (min(255, round(255 * m)) for m in mean)
+    return (r, g, b), ops.make_noise_tables(mean, std)
+
+
+def sample_mix(seed_a: int, seed_b: int, spec: Spec) -> tuple[float, Box]:
+    """Draws how the two views of a pair are mixed with each other.
+
+    Args:
+        seed_a: seed of one view of the pair.
+        seed_b: seed of the other; the order does not matter.
+        spec: the augmentation.
+
+    Returns:
+        lam in [0, 1], the weight of a view's own label, and a box. Inside the box a view shows its
+        partner's pixels. With an empty box it shows lam * own + (1 - lam) * partner; lam = 1 with
+        an empty box is a view that is not mixed.
+    """
+    seed = seed_a ^ seed_b
+    if not (spec.mixup or spec.cutmix) or draws.unit(seed, _MIX) >= spec.mix_prob:
+        return 1.0, NO_BOX
+    both = spec.mixup > 0 and spec.cutmix > 0
+    cuts = draws.unit(seed, _SWITCH) < spec.mix_switch if both else spec.cutmix > 0
+    lam = _beta(seed, spec.cutmix if cuts else spec.mixup)
+    return _cut_box(seed, lam, spec.image_size) if cuts else (lam, NO_BOX)
+
+
+def _beta(seed: int, alpha: float) -> float:
+    """A number of Beta(alpha, alpha) by Joehnk's rejection (Metrika 8, 1964), to nine decimals."""
+    for slot in itertools.count(_BETA, 2):
+        x = math.log(1 - draws.unit(seed, slot)) / alpha
+        y = math.log(1 - draws.unit(seed, slot + 1)) / alpha
+        # With a small alpha both powers underflow; their ratio, from the logarithms, does not.
+        if math.exp(x) + math.exp(y) <= 1:
+            return round(1 / (1 + math.exp(min(y - x, 700.0))), 9)
+    raise AssertionError("itertools.count does not end")
+
+
+def _cut_box(seed: int, lam: float, size: int) -> tuple[float, Box]:
+    """CutMix's box (Yun et al., 2019) around a drawn centre, clipped; lam is what it leaves."""
+    half = int(size * math.sqrt(1 - lam)) // 2
+    y, x = (int(draws.unit(seed, slot) * size) for slot in (_MIX_TOP, _MIX_LEFT))
+    y0, x0, y1, x1 = max(y - half, 0), max(x - half, 0), min(y + half, size), min(x + half, size)
+    area = (y1 - y0) * (x1 - x0)
+    return (1 - area / (size * size), (y0, x0, y1, x1)) if area else (1.0, NO_BOX)
+
+
+def eval_view(image: np.ndarray, image_size: int, crop: str, crop_ratio: float) -> np.ndarray:
+    """The view an image is evaluated in.
+
+    Args:
+        image: uint8 [h, w, 3] RGB.
+        image_size: side S of the view in pixels.
+        crop: "center" resizes the short side to floor(S / crop_ratio), the long side to its share
+            rounded down, and cuts out the centre (offsets rounded half to even), as torchvision
+            and timm do; "square" resizes to S x S whatever the shape.
+        crop_ratio: side of the centre crop by the short side.
+
+    Returns:
+        uint8 [S, S, 3]; an image of just that size comes back untouched.
+    """
+    h, w = image.shape[:2]
+    if (h, w) == (image_size, image_size):
+        return image
+    if crop == "square":
+        return ops.resize_bicubic(image, image_size, image_size)
+    if crop != "center":
+        raise SpecError(f"--config.eval.crop={crop} is unknown: expected center or square.")
+    short = int(image_size / crop_ratio)
+    height, width = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
+    return ops.resize_bicubic(image, height, width, top, left, image_size, image_size)

@@ -1,0 +1,164 @@
+"""From step numbers to batches, by grain: the only file that imports it.
+
+Every element is a whole batch and a pure function of its number, so any count of threads or worker
+processes gives the same batches, and resuming is starting at another number.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from tinyvit_jax.batch import Batch
+from tinyvit_jax.data import augment, images, ops
+from tinyvit_jax.data.order import Order
+from tinyvit_jax.store.store import Store
+
+
+class Rows(NamedTuple):
+    """This process's share of every batch: rows [first, first + count)."""
+
+    first: int
+    count: int
+
+    @classmethod
+    def of_process(cls, batch_size: int, index: int, count: int) -> "Rows":
+        """The share of process `index` of `count`; batch_size must be a multiple of 2 * count."""
+        share = batch_size // count
+        return cls(index * share, share)
+
+
+class Views:
+    """Replays views of an image set: view numbers in, a Batch out.
+
+    Args:
+        source: the images.
+        spec: how views are made.
+        order: which image and seed each view number has.
+        store: the teacher's targets for these views, or None.
+    """
+
+    def __init__(self, source: images.ImageSource, spec: augment.Spec, order: Order,
+                 store: Store | None = None):
+        self.source, self.spec, self.order, self.store = source, spec, order, store
+
+    def read(self, view: np.ndarray) -> Batch:
+        """The batch of consecutive view numbers: int64 [n] -> n rows."""
+        pass_number, position = self.order.locate(view)
+        if self.store is not None:  # more epochs than stored passes show the passes again
+            pass_number = pass_number % self.store.manifest.passes
+        index, seed = self.order.keys(pass_number, position)
+        examples = self.source.read(index.tolist())
+        batch = Batch(
+            image=np.stack([self._replay(e, int(s)) for e, s in zip(examples, seed, strict=True)]),
+            label=np.array([e.label for e in examples], np.int32),
+            weight=np.ones(len(examples), np.float32),
+        )
+        if self.order.paired:
+            mixed = [augment.sample_mix(int(a), int(b), self.spec)
+                     for a, b in zip(seed[::2], seed[1::2], strict=True)]
+            batch["lam"] = np.array([lam for lam, _ in mixed], np.float32)
+            batch["box"] = np.array([box for _, box in mixed], np.int32)
+        if self.store is not None:
+            batch["index"], batch["prob"] = self._targets(pass_number, position, index, seed)
+        return batch
+
+    def _replay(self, example: images.Example, seed: int) -> np.ndarray:
+        pixels = ops.decode(example.image, example.key)
+        return augment.apply_view(pixels, augment.sample_view(seed, self.spec), self.spec)
+
+    def _targets(self, pass_number: np.ndarray, position: np.ndarray, index: np.ndarray,
+                 seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stored targets, one range of positions for each pass that the batch touches."""
+        assert self.store is not None
+        cuts = np.flatnonzero(np.diff(position) != 1) + 1
+        parts = []
+        for run in np.split(np.arange(len(position)), cuts):
+            keys = (index[run], seed[run])
+            parts.append(self.store.read(int(pass_number[run[0]]), int(position[run[0]]),
+                                         int(position[run[-1]]) + 1, keys))
+        return (np.concatenate([i for i, _ in parts]), np.concatenate([p for _, p in parts]))
+
+
+class TrainBatches:
+    """Random access to the batches of a run: step -> this process's rows.
+
+    Args:
+        views: what replays them.
+        batch_size: rows over all processes.
+        rows: this process's share.
+        steps: length of the run.
+    """
+
+    def __init__(self, views: Views, batch_size: int, rows: Rows, steps: int):
+        self.views, self.batch_size, self.rows, self.steps = views, batch_size, rows, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        first = int(step) * self.batch_size + self.rows.first
+        return self.views.read(np.arange(first, first + self.rows.count))
+
+
+class EvalBatches:
+    """Every image once, unaugmented and in order; the last batch is filled with weight 0.
+
+    Args:
+        source: the images.
+        view: fn(pixels uint8 [h, w, 3]) -> uint8 [S, S, 3].
+        batch_size: rows over all processes.
+        rows: this process's share.
+    """
+
+    def __init__(self, source: images.ImageSource, view: Callable[[np.ndarray], np.ndarray],
+                 batch_size: int, rows: Rows):
+        self.source, self.view, self.batch_size, self.rows = source, view, batch_size, rows
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        first = int(step) * self.batch_size + self.rows.first
+        real = range(first, min(first + self.rows.count, len(self.source)))
+        examples = self.source.read(list(real)) or [self.source[0]]  # all padding: any image does
+        pixels = [self.view(ops.decode(e.image, e.key)) for e in examples]
+        labels = [e.label for e in examples]
+        padding = self.rows.count - len(pixels)
+        weight = np.zeros(self.rows.count, np.float32)
+        weight[: len(real)] = 1
+        return Batch(image=np.stack(pixels + pixels[-1:] * padding),
+                     label=np.array(labels + labels[-1:] * padding, np.int32), weight=weight)
+
+
+def batch_stream(batches, start: int = 0, *, threads: int = 0, workers: int = 0,
+                 prefetch: int = 2) -> Iterator[Batch]:
+    """Iterates over batches from number `start`, prepared ahead by threads or processes.
+
+    Args:
+        batches: TrainBatches, EvalBatches or anything of their shape.
+        start: number of the first batch.
+        threads: threads in each process; 0 = one for each CPU core.
+        workers: processes beside this one; 0 = none.
+        prefetch: batches kept ready for each thread.
+    """
+    import grain
+
+    threads = threads or os.cpu_count() or 1
+    dataset = grain.MapDataset.source(batches)[start:]
+    stream = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * threads))
+    if workers:
+        _parse_flags()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=prefetch))
+    return iter(stream)
+
+
+def _parse_flags() -> None:
+    """grain's worker processes read absl's flags; outside of absl's app.run nobody parsed them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tinyvit_jax"])

@@ -1,0 +1,101 @@
+"""Images of a prepared set of tensorflow-datasets, read without TensorFlow."""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from tinyvit_jax.data.source import Example, Fingerprint, SourceError
+
+_FINGERPRINT_SAMPLE = 4096  # records that a fingerprint reads: all of them would be all the images
+
+
+class TfdsSource:
+    """A prepared set of tensorflow-datasets with "image" and "label", read without TensorFlow."""
+
+    def __init__(self, dataset: str, split: str, data_dir: str):
+        self.name = f"tfds:{dataset}"
+        import tensorflow_datasets as tfds
+
+        command = _prepare_command(dataset, data_dir)
+        try:
+            builder = tfds.builder(dataset, data_dir=data_dir or None)
+        except ValueError as error:
+            raise SourceError(
+                f"tensorflow-datasets does not know {dataset}: {str(error).splitlines()[0]} Check "
+                f"the name; a set of your own must lie prepared in --config.data.data_dir."
+            ) from error
+        self._check(builder, dataset, command)
+        splits = builder.info.splits
+        self._split = _choose_split(self.name, split, list(splits))
+        self.class_names = tuple(builder.info.features["label"].names)
+        self._version = str(builder.info.version)
+        self._data = builder.as_data_source(
+            split=self._split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def _check(self, builder: Any, dataset: str, command: str) -> None:
+        info = builder.info
+        if not info.splits:
+            raise SourceError(
+                f"{self.name} is not prepared in {builder.data_path}. Prepare it once with  "
+                f"{command}  and pass the same --config.data.data_dir. Sets that cannot be "
+                f"downloaded freely (imagenet2012) also need --manual_dir=FOLDER_OF_ITS_ARCHIVES."
+            )
+        if info.file_format is None or info.file_format.value != "array_record":
+            found = info.file_format.value if info.file_format else "unknown"
+            raise SourceError(
+                f"{self.name} in {builder.data_path} is prepared in the format {found}: expected "
+                f"array_record, which can be read by position. Delete that folder, or choose "
+                f"another --config.data.data_dir, and prepare the set again with  {command}"
+            )
+        if not {"image", "label"} <= set(info.features):
+            raise SourceError(
+                f"{self.name} is not a set for image classification: expected the features image "
+                f"and label, found {', '.join(info.features)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, i: int) -> Example:
+        return self._example(self._data[range(len(self))[i]])
+
+    def read(self, indices: Sequence[int]) -> list[Example]:
+        """Reads several examples at once, in the order asked for."""
+        places = [range(len(self))[i] for i in indices]
+        return [self._example(record) for record in self._data.__getitems__(places)]
+
+    def _example(self, record: dict[str, Any]) -> Example:
+        image, label = record["image"], int(record["label"])
+        if label < 0:
+            raise SourceError(f"{self.name}, split {self._split}, has images without a label. "
+                              f"Choose another split by --config.data.train_split or eval_split.")
+        for field in ("file_name", "id"):
+            if field in record:
+                return Example(record[field].decode(), image, label)
+        return Example(hashlib.sha256(image).hexdigest(), image, label)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 over class names, version, split, length, and up to 4,096 keys and labels."""
+        count = min(len(self), _FINGERPRINT_SAMPLE)
+        places = [i * len(self) // count for i in range(count)]
+        head = [(self._version, 0), (self._split, len(self))]
+        pairs = ((e.key, e.label) for e in self.read(places))
+        return Fingerprint(self.class_names).add(itertools.chain(head, pairs)).hexdigest()
+
+
+def _prepare_command(dataset: str, data_dir: str) -> str:
+    where = f" --data_dir={data_dir}" if data_dir else ""
+    return f"tfds build {dataset} --file_format=array_record{where}"
+
+
+def _choose_split(name: str, split: str, found: list[str]) -> str:
+    """The set's own name of "train" or "eval"."""
+    for wanted in ("validation", "test") if split == "eval" else (split,):
+        if wanted in found:
+            return wanted
+    expected = "validation or test" if split == "eval" else split
+    raise SourceError(f"{name} has no split {expected}: it has {', '.join(found)}. Choose one by "
+                      f"--config.data.train_split or --config.data.eval_split.")

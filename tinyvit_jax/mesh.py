@@ -1,0 +1,52 @@
+"""One mesh axis, "data", over every device of every process; batches are cut along it."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def make_mesh() -> Mesh:
+    """The mesh of all devices, those of a process side by side so that its rows stay its own."""
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """Rows cut over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes global arrays of the rows that each process holds.
+
+    Args:
+        batch: arrays whose leading dimension is this process's share of the rows.
+        mesh: from `make_mesh`.
+
+    Returns:
+        Global arrays, cut along "data".
+    """
+    sharding = sharded(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def put_state(tree, mesh: Mesh):
+    """Puts a tree of host or single-device arrays, equal in all processes, on every device."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def check_rows(rows: int, key: str) -> None:
+    """Raises ValueError where a batch cannot be cut evenly over the devices."""
+    count = jax.device_count()
+    if rows % count:
+        raise ValueError(
+            f"--config.{key}: a batch of {rows} views cannot be cut evenly over {count} devices. "
+            f"Set it to a multiple of {count}, for instance {max(1, rows // count) * count}."
+        )

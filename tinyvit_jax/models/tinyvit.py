@@ -1,0 +1,215 @@
+"""TinyViT (Wu et al., ECCV 2022): a convolutional stage, then three of windowed attention."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyvit_jax.models import layers
+
+
+class PatchEmbed(nn.Module):
+    """The stem: two 3x3 convolutions, by default of stride 2 each."""
+
+    dim: int
+    strides: tuple[int, int] = (2, 2)
+    freeze_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, 3] -> [B, H/4, W/4, dim] (by the strides, rounded up)."""
+        conv = partial(layers.ConvNorm, size=3, freeze_norm=self.freeze_norm, dtype=self.dtype)
+        x = conv(self.dim // 2, stride=self.strides[0], name="seq_0")(images, train)
+        return conv(self.dim, stride=self.strides[1], name="seq_2")(layers.gelu(x), train)
+
+
+class MBConv(nn.Module):
+    """Inverted residual block of stage 0: widen, depthwise 3x3, narrow, add, GELU."""
+
+    hidden: int
+    drop_path: float = 0.0
+    freeze_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        conv = partial(layers.ConvNorm, freeze_norm=self.freeze_norm, dtype=self.dtype)
+        zeros = nn.initializers.zeros  # the block starts as the identity
+        y = layers.gelu(conv(self.hidden, name="conv1")(x, train))
+        y = layers.gelu(conv(self.hidden, 3, depthwise=True, name="conv2")(y, train))
+        y = conv(x.shape[-1], scale_init=zeros, name="conv3")(y, train)
+        return layers.gelu(x + layers.DropPath(self.drop_path)(y, train))
+
+
+class PatchMerging(nn.Module):
+    """Between stages: to the next width at half the resolution (rounded up)."""
+
+    dim: int
+    freeze_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), dim]."""
+        conv = partial(layers.ConvNorm, self.dim, freeze_norm=self.freeze_norm, dtype=self.dtype)
+        x = layers.gelu(conv(name="conv1")(x, train))
+        x = layers.gelu(conv(size=3, stride=2, depthwise=True, name="conv2")(x, train))
+        return conv(name="conv3")(x, train)
+
+
+class Block(nn.Module):
+    """Window attention, a local convolution, an MLP (section 3.3 of the paper)."""
+
+    num_heads: int
+    window: int
+    hidden: int
+    drop_path: float = 0.0
+    freeze_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        C = x.shape[-1]
+        attend = layers.Attention(self.num_heads, self.window, self.dtype, name="attn")
+        y = _in_windows(attend, x, self.window)
+        x = x + layers.DropPath(self.drop_path)(y, train)
+        x = layers.ConvNorm(C, 3, depthwise=True, freeze_norm=self.freeze_norm, dtype=self.dtype,
+                            name="local_conv")(x, train)
+        y = layers.Mlp(self.hidden, self.dtype, name="mlp")(x)
+        return x + layers.DropPath(self.drop_path)(y, train)
+
+
+def _in_windows(attend: layers.Attention, x: jax.Array, window: int) -> jax.Array:
+    """Attention within each window of a map of any size: [B, H, W, C] -> [B, H, W, C].
+
+    The map is padded with zeros right and below, before the attention's LayerNorm and without a
+    mask: the original's behaviour, which its weights have learned.
+    """
+    B, H, W, C = x.shape
+    if H == W == window:
+        return attend(x.reshape(B, H * W, C)).reshape(x.shape)
+    below, right = -H % window, -W % window
+    padded = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
+    y = attend(layers.to_windows(padded, window))
+    return layers.from_windows(y, window, H + below, W + right)[:, :H, :W]
+
+
+class Stage(nn.Module):
+    """The blocks of a stage and, but for the last stage, the way down to the next one."""
+
+    num_heads: int
+    window: int
+    hidden: int
+    drop_path: tuple[float, ...]
+    next_dim: int = 0
+    convolutional: bool = False
+    freeze_norm: bool = False
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """The stage's own map [B, H, W, C], and the next one's input."""
+        make_block = self._block_maker()
+        for i, rate in enumerate(self.drop_path):
+            x = make_block(hidden=self.hidden, drop_path=rate, freeze_norm=self.freeze_norm,
+                           dtype=self.dtype, name=f"blocks_{i}")(x, train)
+        if not self.next_dim:
+            return x, x
+        down = PatchMerging(self.next_dim, self.freeze_norm, self.dtype, name="downsample")
+        return x, down(x, train)
+
+    def _block_maker(self) -> Callable[..., nn.Module]:
+        """The class of this stage's blocks, with its own settings filled in."""
+        kind: Callable[..., nn.Module] = MBConv if self.convolutional else Block
+        if self.remat:
+            kind = nn.remat(kind, static_argnums=(2,))  # `train`, after self and x
+        if self.convolutional:
+            return kind
+        return partial(kind, num_heads=self.num_heads, window=self.window)
+
+
+class TinyViT(nn.Module):
+    """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
+
+    Attributes:
+        num_classes: of the head; 0 = no head, `__call__` then gives pooled features.
+        image_size: pixels the windows are meant for; images of any size pass.
+        embed_dims, depths, num_heads, window_sizes: of the four stages; the first stage is
+            convolutional and reads neither heads nor window.
+        stem_strides: of the stem's two convolutions.
+        drop_path: rate of the last block; the first has 0, between them it grows evenly.
+        expand_ratio, mlp_ratio: hidden width of MBConv and MLP, over that of their stage.
+        dtype: of activations; weights, norms, softmax and logits are float32.
+        remat: recompute the blocks' insides in the backward pass to save memory.
+        freeze_norm: BatchNorm uses its stored statistics in training too.
+    """
+
+    num_classes: int
+    image_size: int
+    embed_dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window_sizes: tuple[int, ...]
+    stem_strides: tuple[int, int] = (2, 2)
+    drop_path: float = 0.0
+    expand_ratio: float = 4.0
+    mlp_ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+    freeze_norm: bool = False
+
+    def setup(self) -> None:
+        """Names the submodules patch_embed, layers_0 .. layers_3, norm_head, head."""
+        self.patch_embed = PatchEmbed(self.embed_dims[0], self.stem_strides, self.freeze_norm,
+                                      self.dtype)
+        rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
+        ends = np.cumsum(self.depths)
+        self.layers = [self._make_stage(i, tuple(rates[end - depth:end]))
+                       for i, (depth, end) in enumerate(zip(self.depths, ends, strict=True))]
+        self.norm_head = nn.LayerNorm(layers.EPSILON)
+        if self.num_classes:
+            self.head = layers.Linear(self.num_classes)
+
+    def _make_stage(self, i: int, rates: Sequence[float]) -> Stage:
+        dims = (*self.embed_dims, 0)
+        ratio = self.expand_ratio if i == 0 else self.mlp_ratio
+        return Stage(self.num_heads[i], self.window_sizes[i], int(dims[i] * ratio), tuple(rates),
+                     next_dim=dims[i + 1], convolutional=i == 0, freeze_norm=self.freeze_norm,
+                     remat=self.remat, dtype=self.dtype)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies images.
+
+        Args:
+            images: float [B, H, W, 3], normalised.
+            train: batch statistics in BatchNorm (apply needs mutable=["batch_stats"]) and drop
+                path (apply needs rngs={"drop_path": key} where the rate is above 0).
+
+        Returns:
+            float32 logits [B, num_classes], or pooled features [B, C] where num_classes is 0.
+        """
+        x = self.features(images, train)[-1]
+        x = self.norm_head(jnp.mean(x, (1, 2), dtype=jnp.float32))
+        return self.head(x) if self.num_classes else x
+
+    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """The maps of the four stages: [B, H/s, W/s, C] with s = 4, 8, 16, 32, rounded up."""
+        x = self.patch_embed(images, train)
+        maps = []
+        for stage in self.layers:
+            own, x = stage(x, train)
+            maps.append(own)
+        return maps
+
+    @nn.nowrap
+    def variable_shapes(self) -> dict:
+        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
+        images = jnp.zeros((1, 32, 32, 3))  # no variable's shape depends on the images
+        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)

@@ -1,0 +1,20 @@
+"""Ways of learning, one a file, all of one signature.
+
+An objective is fn(apply, variables, batch, key) -> (loss, aux). `apply(variables, images, key)`
+runs the student in training mode and gives (logits [B, C], batch_stats); `batch["image"]` is mixed
+and normalised; `loss` is a float32 scalar; `aux` holds "batch_stats" and "metrics", a dict of
+float32 scalars to log.
+"""
+
+from collections.abc import Callable
+
+import ml_collections
+
+from tinyvit_jax.objectives import stored_logits, supervised
+
+
+def make_objective(config: ml_collections.ConfigDict) -> Callable:
+    """The objective of a run, from the `objective` section of its config."""
+    if config.name == "supervised":
+        return supervised.make_objective(config.smoothing)
+    return stored_logits.make_objective()

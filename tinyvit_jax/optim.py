@@ -1,0 +1,92 @@
+"""From parameters to their update: AdamW as TinyViT's recipes set it, in optax."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+
+def make_schedule(config: ml_collections.ConfigDict, batch_size: int, steps: int,
+                  steps_per_epoch: float) -> Callable[[jax.Array], jax.Array]:
+    """The original's learning rate by update: linear warmup, then a cosine over all the steps.
+
+    The cosine is not shifted by the warmup, and the original moves its schedule after the update,
+    so update k runs at the value for k - 1 and updates 0 and 1 both at the warmup rate.
+
+    Args:
+        config: the `optim` section.
+        batch_size: views in an update; rates are given for 512 where scale_by_batch is set.
+        steps: updates in the run.
+        steps_per_epoch: updates in an epoch.
+
+    Returns:
+        step int -> learning rate float32.
+    """
+    scale = batch_size / 512 if config.scale_by_batch else 1.0
+    peak, start, low = (scale * rate for rate in (
+        config.learning_rate, config.warmup_learning_rate, config.min_learning_rate))
+    warmup = int(config.warmup_epochs * steps_per_epoch)
+
+    def schedule(step: jax.Array) -> jax.Array:
+        t = jnp.maximum(step - 1.0, 0.0)
+        cosine = low + 0.5 * (peak - low) * (1 + jnp.cos(jnp.pi * jnp.minimum(t / steps, 1.0)))
+        return jnp.where(t < warmup, start + t * (peak - start) / max(warmup, 1), cosine)
+
+    return schedule
+
+
+def decay_mask(params: dict) -> dict:
+    """Which parameters weight decay touches: not vectors, biases or attention bias tables."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim > 1 and path[-1].key not in ("bias", "attention_biases"), params)
+
+
+def layer_scales(params: dict, decay: float, depths: Sequence[int]) -> dict:
+    """The factor of each parameter's learning rate under layer decay.
+
+    Block i of n = sum(depths) has decay**(n-1-i); the stem that of block 0, a downsample that of
+    the block before it, the head 1.
+    """
+    total = sum(depths)
+
+    def block(names: list[str]) -> int:
+        if names[0] == "patch_embed":
+            return 0
+        stage = re.fullmatch(r"layers_(\d+)", names[0])
+        if not stage:
+            return total - 1
+        s = int(stage[1])
+        inner = re.fullmatch(r"blocks_(\d+)", names[1])
+        return sum(depths[:s]) + int(inner[1]) if inner else sum(depths[: s + 1]) - 1
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: decay ** (total - 1 - block([p.key for p in path])), params)
+
+
+def make_optimizer(config: ml_collections.ConfigDict, schedule: Callable, params: dict,
+                   depths: Sequence[int]) -> optax.GradientTransformation:
+    """Clip by the global norm, Adam, decoupled weight decay, layer decay, schedule.
+
+    Args:
+        config: the `optim` section.
+        schedule: from `make_schedule`.
+        params: the model's parameters (their names and shapes only).
+        depths: blocks of each stage.
+
+    Returns:
+        An optax transformation; its update is to be added to the parameters.
+    """
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts += [
+        optax.scale_by_adam(*config.betas, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)),
+    ]
+    if config.layer_decay != 1.0:
+        scales = layer_scales(params, config.layer_decay, depths)
+        parts.append(optax.stateless(
+            lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales)))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    return optax.chain(*parts)

@@ -1,0 +1,237 @@
+"""A whole run: teacher, store, student, its label-only twin, pictures, table, export.
+
+Every stage is finished by its own file (a result.json, whole shards, an export), so a run that was
+killed anywhere goes on from there when it is started again.
+"""
+
+import logging
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from tinyvit_jax import capture, evaluate, log, mix, plots, train, weights
+from tinyvit_jax import mesh as meshes
+from tinyvit_jax.convert import files, tinyvit
+from tinyvit_jax.data import augment, pipeline
+from tinyvit_jax.store import store as stores
+
+logger = logging.getLogger("tinyvit_jax")
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
+    """Runs everything a config asks for and returns the content of WORKDIR/result.json."""
+    data = train.open_data(config)
+    store, result = None, {}
+    if config.objective.name == "stored_logits":
+        store, result = provide_store(config, workdir, data)
+    student = train.fit(config, workdir, data, store, title="student" if store else "train")
+    result |= student
+    curves = {"student" if store else "train": log.read_metrics(workdir / "metrics.jsonl")}
+    if store is not None:
+        result |= {"student_top1": student["top1"], "student_parameters": student["parameters"],
+                   "student_seconds": student["seconds"],
+                   "store_bytes_per_view": round(store.bytes_per_view(), 2)}
+    if config.label_only_twin:
+        twin = fit_twin(config, workdir / "label_only", data)
+        curves["label-only twin"] = log.read_metrics(workdir / "label_only" / "metrics.jsonl")
+        result |= {"label_only_top1": twin["top1"], "label_only_seconds": twin["seconds"]}
+        result["label_only_top5"] = twin["top5"]
+    result["seconds"] = sum(result.get(k, 0.0) for k in (
+        "teacher_seconds", "capture_seconds", "seconds", "label_only_seconds"))
+    if jax.process_index() == 0:
+        plots.plot_curves(curves, workdir / "curves.png")
+        if config.export_torch:
+            result["export"] = export(workdir, workdir / config.export_torch)
+        log.write_json(workdir / "result.json", result)
+        print(format_table(result), flush=True)
+    return result
+
+
+def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of a supervised run of the teacher, on the same images and views."""
+    c = ml_collections.ConfigDict(config.to_dict())
+    c.objective.name = "supervised"
+    shape = config.teacher.to_dict()
+    for key in set(shape) & set(c.model):
+        c.model[key] = shape[key]
+    c.model.drop_path = 0.0
+    c.train.epochs = float(config.teacher.epochs)
+    c.optim.learning_rate = config.teacher.learning_rate
+    c.optim.scale_by_batch = False
+    c.label_only_twin, c.export_torch = False, ""
+    return c
+
+
+def twin_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of the student's twin: labels instead of the store, all else the same."""
+    c = ml_collections.ConfigDict(config.to_dict())
+    c.objective.name = "supervised"
+    c.label_only_twin, c.export_torch = False, ""
+    return c
+
+
+def fit_twin(config: ml_collections.ConfigDict, workdir: Path, data: train.Data) -> dict:
+    """Trains the student on labels alone for as many updates."""
+    return train.fit(twin_config(config), workdir, data, title="label-only twin")
+
+
+def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.Data
+                  ) -> tuple[stores.Store, dict]:
+    """Opens the run's store; captures what it lacks where the config says so.
+
+    Raises:
+        StoreError: passes are missing and store.capture is off; it names the command.
+    """
+    path = Path(config.store.path or workdir / "store")
+    if not config.store.capture:
+        store = stores.open_store(path)
+        missing = store.missing()
+        if missing or store.manifest.passes < config.store.passes:
+            raise stores.StoreError(
+                f"The store {path} lacks {len(missing)} shards of the {config.store.passes} passes "
+                f"that --config.store.passes asks for. Capture them with: {capture_command(path)}")
+        return store, {}
+    mesh = meshes.make_mesh()
+    result: dict = {}
+    if not config.teacher.weights and config.teacher.epochs:
+        taught = train.fit(teacher_config(config), workdir / "teacher", data, title="teacher")
+        result = {"teacher_top1": taught["top1"], "teacher_top5": taught["top5"],
+                  "teacher_seconds": taught["seconds"], "teacher_parameters": taught["parameters"]}
+    store, seconds = fill_store(with_teacher(config, workdir), path, data, mesh)
+    return store, {**result, "capture_seconds": seconds}
+
+
+def with_teacher(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
+    """The config with teacher.weights set to the teacher that the run itself trained, if any."""
+    c = ml_collections.ConfigDict(config.to_dict())
+    if not c.teacher.weights and c.teacher.epochs:
+        c.teacher.weights = str(workdir / "teacher")
+    return c
+
+
+def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
+                   ) -> tuple[list[str], dict]:
+    """Verifies a store and runs its teacher again on `count` views spread over its passes.
+
+    Returns:
+        The problems found, and {"views", "kl", "top1"} of the comparison (empty where the store
+        could not be read).
+    """
+    store = stores.open_store(Path(config.store.path or workdir / "store"))
+    data = train.open_data(config, evaluated=False)
+    views = make_views(config, data)
+    train.check_store(store, config, data, views.spec)
+    problems = store.verify()
+    problems += [f"{shard} is missing" for shard in store.missing()]
+    if problems:
+        return problems, {}
+    mesh = meshes.make_mesh()
+    c = with_teacher(config, workdir)
+    teacher = capture.make_teacher(c.teacher, len(data.train.class_names), views.spec.image_size,
+                                   mesh)
+    store.check({"teacher.weights": teacher.description["weights"]})
+    stored = pipeline.Views(data.train, views.spec, data.order, store)
+    found = capture.compare(c, teacher, stored, count, mesh)
+    if found["kl"] > capture.MAX_KL:
+        problems.append(f"the teacher gives other targets now: KL {found['kl']:.2e} between stored "
+                        f"and recomputed is above {capture.MAX_KL:.0e}")
+    return problems, found
+
+
+def capture_command(path: Path) -> str:
+    """The command line that captures a store."""
+    return (f"python tools/save_logits.py --config=CONFIG --config.store.path={path} "
+            f"--config.teacher.name=NAME --config.teacher.weights=FILE")
+
+
+def run_eval(config: ml_collections.ConfigDict, workdir: Path) -> dict:
+    """Measures a run's best weights on the config's evaluation images; writes eval.json."""
+    trained = weights.load_run(workdir)
+    source = train.open_eval_source(config)
+    class_map = evaluate.make_class_map(trained.class_names, source.class_names)
+    mesh = meshes.make_mesh()
+    c = ml_collections.ConfigDict(config.to_dict())
+    c.data.mean, c.data.std = trained.mean, trained.std  # they belong to the weights
+    evaluator = train.make_evaluator(c, trained.model, source, class_map, mesh)
+    scores = evaluator(meshes.put_state(trained.variables, mesh))
+    if jax.process_index() == 0:
+        log.write_json(workdir / "eval.json", {"source": source.name, **scores})
+        print(f"{source.name}: top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  "
+              f"loss {scores['loss']:.4f}  over {scores['count']:,} images")
+    return scores
+
+
+def make_views(config: ml_collections.ConfigDict, data: train.Data) -> pipeline.Views:
+    """The views that the teacher and the student both see."""
+    model = train.make_student(config, data)
+    return pipeline.Views(data.train, augment.make_spec(config.augment, model.image_size),
+                          data.order)
+
+
+def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, mesh
+               ) -> tuple[stores.Store, float]:
+    """Captures every missing shard; returns the store and the seconds it took, over all starts."""
+    if jax.process_count() > 1:
+        raise stores.StoreError(
+            f"The store {path} is not complete, and capture runs in one process. Start "
+            f"{capture_command(path)} on its own before the processes that train.")
+    views = make_views(config, data)
+    needed = capture.estimate(config, data.train, data.order, path)
+    teacher = capture.make_teacher(config.teacher, len(data.train.class_names),
+                                   views.spec.image_size, mesh)
+    manifest = capture.make_manifest(config, teacher.description, data.train, views.spec,
+                                     data.order)
+    store = stores.create_store(path, manifest)
+    clock = path / "capture_seconds.json"
+    before = log.read_json(clock) or {"seconds": 0.0}
+    if store.missing():
+        capture.check_fits(needed, path)
+        logger.info("capture: %d of %d shards of %s are missing, about %s bytes for %s views",
+                    len(store.missing()), len(store.shards()), path, f"{needed['bytes']:,}",
+                    f"{needed['views']:,}")
+        seconds = capture.capture(config, teacher, views, store, mesh)
+        before = {"seconds": before["seconds"] + seconds}
+        log.write_json(clock, before)
+    draw_views(views, store, path / "views.png")
+    return store, before["seconds"]
+
+
+def draw_views(views: pipeline.Views, store: stores.Store, path: Path, count: int = 12) -> None:
+    """Draws the first views of a store with the teacher's top classes under their label."""
+    shown = pipeline.Views(views.source, views.spec, views.order, store).read(np.arange(count))
+    pixels = np.asarray(mix.view_pixels(shown))
+    names = views.source.class_names
+    titles = [
+        "\n".join([f"label: {names[label]}"] + [
+            f"{p:5.1%}  {names[i]}" for i, p in list(zip(index, prob, strict=True))[:3]])
+        for label, index, prob in zip(shown["label"], shown["index"], shown["prob"], strict=True)]
+    plots.plot_views(pixels, titles, path)
+
+
+def export(workdir: Path, path: Path) -> str:
+    """Writes a run's weights in Microsoft's key layout; returns the file's name."""
+    run = weights.load_run(workdir)
+    files.write_state(str(path), tinyvit.to_torch(run.variables, layout="microsoft"))
+    return path.name
+
+
+def format_table(result: dict) -> str:
+    """The figures of a run as a small table."""
+    rows = [("teacher", "teacher_top1", "teacher_top5", "teacher_parameters", "teacher_seconds"),
+            ("student, distilled", "student_top1", "top5", "student_parameters",
+             "student_seconds"),
+            ("student, labels only", "label_only_top1", "label_only_top5", "student_parameters",
+             "label_only_seconds")]
+    if "student_top1" not in result:
+        rows = [("model", "top1", "top5", "parameters", "seconds")]
+    lines = [f"{'':<22}{'top-1 %':>9}{'top-5 %':>9}{'parameters':>13}{'seconds':>9}"]
+    for title, top1, top5, parameters, seconds in rows:
+        if top1 in result:
+            lines.append(f"{title:<22}{result[top1]:>9.2f}{result[top5]:>9.2f}"
+                         f"{result[parameters]:>13,}{result[seconds]:>9.0f}")
+    if "store_bytes_per_view" in result:
+        lines.append(f"store: {result['store_bytes_per_view']:.1f} bytes a view, captured in "
+                     f"{result.get('capture_seconds', 0.0):.0f} s")
+    return "\n".join(lines)

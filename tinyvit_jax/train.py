@@ -1,0 +1,390 @@
+"""Training: one step function and one loop for every objective.
+
+Step s is a pure function of (config, s, state). Resuming is restoring the state and starting the
+stream of batches at its step; nothing else remembers anything.
+"""
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from tinyvit_jax import checkpoint, evaluate, log, mix, objectives, optim, weights
+from tinyvit_jax import mesh as meshes
+from tinyvit_jax.config import mixes
+from tinyvit_jax.data import augment, images, pipeline
+from tinyvit_jax.data.order import Order
+from tinyvit_jax.store import store as stores
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+class State(NamedTuple):
+    """Everything that one update changes."""
+
+    step: jax.Array  # int32, updates done
+    params: dict
+    batch_stats: dict
+    opt_state: Any
+    ema: dict  # averaged parameters; empty where optim.ema is 0
+    skipped: jax.Array  # int32, updates skipped in a row for a non-finite gradient
+
+
+class Data(NamedTuple):
+    """The images of a run and how they are shown."""
+
+    train: images.ImageSource
+    eval: images.ImageSource
+    order: Order
+    class_map: Any  # int32 [C'] from evaluated to trained classes, or None
+
+
+def open_data(config: ml_collections.ConfigDict, evaluated: bool = True) -> Data:
+    """Opens the image sources of a config; `evaluated` = False leaves the evaluation images out."""
+    d = config.data
+    train = images.open_source(d.source, d.train_split, d.data_dir)
+    names = _class_names(config, train)
+    held_out = open_eval_source(config) if evaluated else train
+    return Data(train, held_out, Order(d.seed, len(train), mixes(config)),
+                evaluate.make_class_map(names, held_out.class_names))
+
+
+def open_eval_source(config: ml_collections.ConfigDict) -> images.ImageSource:
+    """Opens the evaluation images of a config."""
+    d = config.data
+    return images.open_source(d.eval_source or d.source, d.eval_split, d.data_dir)
+
+
+def _class_names(config: ml_collections.ConfigDict, train: images.ImageSource) -> tuple[str, ...]:
+    """The source's classes; a model.num_classes that contradicts them is an error."""
+    wanted = config.model.num_classes
+    if wanted and wanted != len(train.class_names):
+        raise ValueError(f"--config.model.num_classes={wanted} contradicts {train.name}, which has "
+                         f"{len(train.class_names)} classes. Leave it at 0 to take the source's.")
+    return tuple(train.class_names)
+
+
+def make_student(config: ml_collections.ConfigDict, data: Data):
+    """The model to train."""
+    m = config.model
+    return weights.make_model(m, len(data.train.class_names), drop_path=m.drop_path, dtype=m.dtype,
+                              remat=m.remat, freeze_norm=m.freeze_norm)
+
+
+def count_steps(config: ml_collections.ConfigDict, num_images: int) -> tuple[int, float]:
+    """Updates in the run, and in an epoch."""
+    per_epoch = num_images / config.train.batch_size
+    return max(1, round(config.train.epochs * per_epoch)), per_epoch
+
+
+def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable) -> State:
+    """The state before the first update, from `model.init_from` or from the seed."""
+    if config.model.init_from:
+        variables = weights.load_weights(config.model.init_from, model, head="new")
+    else:
+        image = jnp.zeros((1, model.image_size, model.image_size, 3))
+        init = jax.jit(lambda key: model.init(key, image, train=False))
+        variables = init(jax.random.key(config.seed))
+    params = variables["params"]
+    return State(jnp.zeros((), jnp.int32), params, variables["batch_stats"],
+                 make_tx(params).init(params),
+                 jax.tree.map(jnp.copy, params) if config.optim.ema else {},
+                 jnp.zeros((), jnp.int32))
+
+
+def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.GradientTransformation,
+                    schedule: Callable, mesh: Mesh) -> Callable:
+    """The compiled update: fn(state, batch) -> (state, metrics), state donated.
+
+    Args:
+        config: of the run.
+        model: the student.
+        tx: from `optim.make_optimizer`.
+        schedule: for the learning rate shown in the metrics.
+        mesh: over which batches are cut.
+    """
+    objective = objectives.make_objective(config.objective)
+    parts, decay = config.train.accumulate, config.optim.ema
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    seed = config.seed
+
+    def apply(variables: dict, pixels: jax.Array, key: jax.Array):
+        logits, new = model.apply(variables, pixels, train=True, rngs={"drop_path": key},
+                                  mutable=["batch_stats"])
+        return logits, new["batch_stats"]
+
+    def gradient(params: dict, batch_stats: dict, batch: dict, key: jax.Array):
+        batch = {**batch, "image": mix.normalize(mix.view_pixels(batch), mean, std)}
+
+        def loss(p):
+            return objective(apply, {"params": p, "batch_stats": batch_stats}, batch, key)
+
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, aux["batch_stats"], {"loss": value, **aux["metrics"]}
+
+    def summed_gradient(state: State, batch: dict, key: jax.Array):
+        if parts == 1:
+            return gradient(state.params, state.batch_stats, batch, key)
+
+        def body(batch_stats, part):
+            grads, batch_stats, metrics = gradient(state.params, batch_stats, part[1],
+                                                   jax.random.fold_in(key, part[0]))
+            return batch_stats, (grads, metrics)
+
+        batch_stats, (grads, metrics) = jax.lax.scan(
+            body, state.batch_stats, (jnp.arange(parts), _micro_batches(batch, parts)))
+        return (*(jax.tree.map(lambda x: x.mean(0), grads), batch_stats),
+                jax.tree.map(lambda x: x.mean(0), metrics))
+
+    def train_step(state: State, batch: dict) -> tuple[State, dict]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, batch_stats, metrics = summed_gradient(state, batch, key)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if (
+            decay) else {}
+        # A non-finite gradient must not reach the weights; the step still counts.
+        good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+        old = (state.params, state.batch_stats, state.opt_state, state.ema)
+        kept = jax.tree.map(lambda new, before: jnp.where(good, new, before),
+                            (params, batch_stats, opt_state, ema), old)
+        skipped = jnp.where(good, 0, state.skipped + 1).astype(jnp.int32)
+        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": grad_norm,
+                    "parameter_norm": optax.global_norm(state.params),
+                    "update_norm": optax.global_norm(updates), "skipped": skipped}
+        return State(state.step + 1, *kept, skipped), metrics
+
+    whole = meshes.replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+
+
+def _micro_batches(batch: dict, parts: int) -> dict:
+    """Cuts a batch into `parts`, pair by pair in turn: [B, ...] -> [parts, B/parts, ...].
+
+    Every part takes pairs from all over the batch, so each device keeps its own rows and the parts
+    do not depend on how many devices there are.
+    """
+    def cut(name: str, x: jax.Array) -> jax.Array:
+        unit = 1 if name in ("lam", "box") else 2  # rows of a pair stay together
+        if x.shape[0] % (unit * parts):
+            unit = 1
+        shape = (x.shape[0] // (unit * parts), parts, unit, *x.shape[1:])
+        return jnp.moveaxis(x.reshape(shape), 1, 0).reshape(parts, -1, *x.shape[1:])
+
+    return {name: cut(name, x) for name, x in batch.items()}
+
+
+def check_store(store: stores.Store, config: ml_collections.ConfigDict, data: Data,
+                spec: augment.Spec) -> None:
+    """Raises StoreError where the store was not made of these images, views and classes."""
+    store.check({
+        "image_set.fingerprint": data.train.fingerprint,
+        "class_names": tuple(data.train.class_names),
+        "augment": augment.to_dict(spec), "data_seed": data.order.seed,
+        "views_per_pass": data.order.views_per_pass, "top_k": config.store.top_k,
+    })
+
+
+def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
+        store: stores.Store | None = None, title: str = "train") -> dict:
+    """Trains from whatever state the workdir holds to the end of the run.
+
+    Args:
+        config: a checked config.
+        workdir: gets config.json, model.json, metrics.jsonl, checkpoints/ and result.json.
+        data: from `open_data`.
+        store: the teacher's targets, for the stored_logits objective.
+        title: what the progress bar says.
+
+    Returns:
+        The content of result.json: top1, top5, loss, steps, seconds, parameters.
+    """
+    record_config(config, workdir)
+    mesh = meshes.make_mesh()
+    model = make_student(config, data)
+    spec = augment.make_spec(config.augment, model.image_size)
+    if store is not None:
+        check_store(store, config, data, spec)
+    meshes.check_rows(config.train.batch_size, "train.batch_size")
+    steps, per_epoch = count_steps(config, len(data.train))
+    schedule = optim.make_schedule(config.optim, config.train.batch_size, steps, per_epoch)
+
+    def make_tx(params):
+        return optim.make_optimizer(config.optim, schedule, params, model.depths)
+
+    with checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last,
+                                config.checkpoint.keep_best) as checkpoints:
+        done = log.read_json(workdir / "result.json")
+        if done is not None and checkpoints.latest == steps:
+            return done
+        state = meshes.put_state(init_state(config, model, make_tx), mesh)
+        if checkpoints.latest is not None:
+            state = State(**checkpoints.restore(checkpoints.latest, state._asdict()))
+            log.logger.info("%s: resumed at update %d of %d", title, checkpoints.latest, steps)
+        if jax.process_index() == 0:
+            log.write_json(workdir / "model.json",
+                           weights.describe_run(config, model, data.train.class_names))
+        step_fn = make_train_step(config, model, make_tx(state.params), schedule, mesh)
+        views = pipeline.Views(data.train, spec, data.order, store)
+        evaluator = make_evaluator(config, model, data.eval, data.class_map, mesh)
+        result = _loop(config, workdir, state, steps, per_epoch, step_fn, views, evaluator,
+                       checkpoints, mesh, title)
+    result["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
+    if jax.process_index() == 0:
+        log.write_json(workdir / "result.json", result)
+    return result
+
+
+def _loop(config, workdir: Path, state: State, steps: int, per_epoch: float, step_fn: Callable,
+          views: pipeline.Views, evaluator: Callable, checkpoints: checkpoint.Checkpoints,
+          mesh: Mesh, title: str) -> dict:
+    """Batch, step, log, evaluate, save; until `steps`."""
+    start = int(state.step)
+    eval_at = _marks(config.eval.every_epochs, per_epoch, steps)
+    save_at = _marks(config.checkpoint.every_epochs, per_epoch, steps)
+    first = jax.process_index() == 0
+    progress = log.Progress(title, steps, start, workdir / "metrics.jsonl" if first else None,
+                            quiet=not first)
+    rows = pipeline.Rows.of_process(config.train.batch_size, jax.process_index(),
+                                    jax.process_count())
+    stream = pipeline.batch_stream(
+        pipeline.TrainBatches(views, config.train.batch_size, rows, steps), start,
+        threads=config.data.threads, workers=config.data.workers, prefetch=config.data.prefetch)
+    meter = _Meter(config.train.batch_size, steps, log.last_seconds(workdir / "metrics.jsonl"))
+    scores: dict = {}
+    for step in range(start + 1, steps + 1):
+        with meter.waiting():
+            batch = next(stream)
+        state, metrics = step_fn(state, meshes.put_batch(batch, mesh))
+        meter.add(metrics)
+        progress.advance()
+        if step % config.log_every == 0 or step in eval_at or step in save_at:
+            line, eta = meter.read(step)
+            if line["skipped"] >= config.train.max_skipped:
+                raise TrainingError(
+                    f"{title}: the last {int(line['skipped'])} updates before {step} had a "
+                    f"non-finite gradient and were skipped. Lower --config.optim.learning_rate, or "
+                    f"set --config.model.dtype=float32; the newest checkpoint is finite.")
+            if step in eval_at:
+                scores = evaluator({"params": state.ema or state.params,
+                                    "batch_stats": state.batch_stats})
+                line |= {f"eval_{k}": scores[k] for k in ("top1", "top5", "loss")}
+                meter.forget_time()
+            progress.report(step, line, eta)
+        if step in save_at:
+            checkpoints.save(step, state._asdict(), scores.get("top1"))
+    progress.close()
+    if not scores:  # a run that was killed after its last update
+        scores = evaluator({"params": state.ema or state.params, "batch_stats": state.batch_stats})
+    return {**scores, "steps": steps, "seconds": meter.seconds()}
+
+
+def _marks(every_epochs: float, per_epoch: float, steps: int) -> set[int]:
+    """Updates after which something happens every so many epochs, the last one included."""
+    gap = max(1.0, every_epochs * per_epoch)
+    return {round(i * gap) for i in range(1, int(steps / gap) + 1)} | {steps}
+
+
+class _Meter:
+    """Averages metrics on the device and times the loop; reading it is the only host sync."""
+
+    def __init__(self, batch_size: int, steps: int, seconds_before: float):
+        self.batch_size, self.steps, self.before = batch_size, steps, seconds_before
+        self.began = self.since = time.perf_counter()
+        self.waited, self.pending = 0.0, []
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times the wait for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def add(self, metrics: dict) -> None:
+        """Keeps one update's metrics, still on the device."""
+        self.pending.append(metrics)
+
+    def read(self, step: int) -> tuple[dict[str, float], float]:
+        """The averages since the last reading, and the seconds left."""
+        values = jax.device_get(self.pending)
+        now = time.perf_counter()
+        elapsed, count = max(now - self.since, 1e-9), len(values)
+        line = {k: float(sum(v[k] for v in values)) / count for k in values[0]}
+        line |= {"skipped": float(values[-1]["skipped"]),
+                 "learning_rate": float(values[-1]["learning_rate"]),
+                 "images_per_second": count * self.batch_size / elapsed,
+                 "data_wait": self.waited / elapsed, "seconds": self.seconds()}
+        eta = (self.steps - step) * elapsed / count
+        self.pending, self.waited, self.since = [], 0.0, now
+        return line, eta
+
+    def forget_time(self) -> None:
+        """Leaves what just happened (an evaluation) out of the throughput."""
+        self.since = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds of training, earlier parts of a resumed run included."""
+        return self.before + time.perf_counter() - self.began
+
+
+def make_evaluator(config: ml_collections.ConfigDict, model, source: images.ImageSource,
+                   class_map, mesh: Mesh) -> Callable:
+    """fn(variables) -> {"top1", "top5", "loss", "count"} over the images of a source."""
+    size = max(1, config.eval.batch_size // jax.device_count()) * jax.device_count()
+    rows = pipeline.Rows.of_process(size, jax.process_index(), jax.process_count())
+    view = functools.partial(augment.eval_view, image_size=model.image_size, crop=config.eval.crop,
+                             crop_ratio=config.eval.crop_ratio)
+    batches = pipeline.EvalBatches(source, view, size, rows)
+    eval_step = evaluate.make_eval_step(model, mesh, tuple(config.data.mean),
+                                        tuple(config.data.std), class_map)
+
+    def run(variables: dict) -> dict:
+        stream = pipeline.batch_stream(batches, threads=config.data.threads,
+                                       prefetch=config.data.prefetch)
+        return evaluate.evaluate(eval_step, variables, stream, mesh)
+
+    return run
+
+
+# What may change between a run and its resumption without changing a number of it.
+_FREE = ("data.workers", "data.threads", "data.prefetch", "log_every", "checkpoint", "store.path",
+         "store.capture", "train.max_skipped", "data.source", "data.data_dir", "teacher.batch_size",
+         "label_only_twin", "export_torch", "eval.batch_size")
+
+
+def record_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes config.json, or checks that the workdir's own says the same."""
+    path = workdir / "config.json"
+    own = json.loads(config.to_json_best_effort())
+    if path.exists():
+        before, now = _flat(json.loads(path.read_text())), _flat(own)
+        changed = [k for k in sorted(before.keys() | now.keys())
+                   if before.get(k) != now.get(k)
+                   and not any(k == f or k.startswith(f + ".") for f in _FREE)]
+        if changed:
+            listed = "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in changed[:6])
+            raise TrainingError(
+                f"{workdir} holds a run of another config: {listed}. Resume it with the same "
+                f"settings, or start a new run in another --workdir.")
+    if jax.process_index() == 0:
+        log.write_json(path, own)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return out
