@@ -1,6 +1,12 @@
 """Set-up of the whole suite: tests run on the CPU and leave nothing outside of tmp_path."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Many tests compile the same programs, some in processes of their own: compile each once.
+_CACHE = tempfile.TemporaryDirectory(prefix="tinyvit_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -47,6 +47,7 @@ def test_another_model_is_refused(tmp_path):
         c.restore(1, meshes.put_state(other, meshes.make_mesh()))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_half_written_and_damaged_checkpoints(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "c") as c:
         c.save(1, make_state(1))

@@ -56,5 +56,5 @@ def test_class_map_by_name():
     assert class_map.tolist() == [3, 1]
     table = np.array([[9.0, 1.0, 9.0, 2.0]])
     assert run(table, [make_batch([0], [0], [1])], class_map)["top1"] == 100
-    with pytest.raises(ValueError, match="1 of the 2 evaluation classes.*: zebra"):
+    with pytest.raises(ValueError, match=r"1 of the 2 evaluation classes.*: zebra"):
         evaluate.make_class_map(trained, ("a", "zebra"))

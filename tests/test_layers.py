@@ -1,5 +1,7 @@
 """Each layer against its plain form and against PyTorch, to 1e-5."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,17 +38,21 @@ def nhwc(tensor):
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 2)])
 def test_shifted_depthwise_conv_equals_grouped(size, stride):
     x, kernel = normal(2, *size, 6), normal(3, 3, 1, 6, seed=1, scale=0.3)
-    out, pull = jax.vjp(lambda x, k: layers.depthwise_conv_shifted(x, k, stride), x, kernel)
-    expected, pull_reference = jax.vjp(
-        lambda x, k: layers.depthwise_conv_reference(x, k, stride), x, kernel)
-    np.testing.assert_allclose(out, expected, atol=ATOL)
-    cotangent = normal(*out.shape, seed=2)
-    for ours, plain in zip(pull(cotangent), pull_reference(cotangent), strict=True):
-        np.testing.assert_allclose(ours, plain, atol=ATOL)
+    cotangent = normal(2, *(-(-side // stride) for side in size), 6, seed=2)
+
+    def run(conv):
+        out, pull = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
+        return out, *pull(cotangent)
+
+    ours = jax.jit(functools.partial(run, layers.depthwise_conv_shifted))()
+    plain = jax.jit(functools.partial(run, layers.depthwise_conv_reference))()
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=ATOL)
 
 
 def test_shifted_depthwise_conv_keeps_bfloat16_close():
-    x, kernel, cotangent = normal(2, 7, 7, 4), normal(3, 3, 1, 4, seed=1), normal(2, 7, 7, 4, seed=2)
+    x, kernel = normal(2, 7, 7, 4), normal(3, 3, 1, 4, seed=1)
+    cotangent = normal(2, 7, 7, 4, seed=2)
     half = [jnp.asarray(a, jnp.bfloat16) for a in (x, kernel, cotangent)]
     _, pull = jax.vjp(lambda x, k: layers.depthwise_conv_shifted(x, k, 1), *half[:2])
     _, pull_reference = jax.vjp(lambda x, k: layers.depthwise_conv_reference(x, k, 1), x, kernel)
@@ -110,6 +116,32 @@ def test_initial_weights_follow_the_original():
                                rtol=0.02)
 
 
+def test_a_new_block_starts_as_the_identity_before_its_gelu():
+    x = normal(2, 4, 4, 6)
+    block = tinyvit.MBConv(24)
+    variables = block.init(jax.random.key(0), x, False)
+    np.testing.assert_array_equal(block.apply(variables, x, False), layers.gelu(x))
+
+
+@pytest.mark.parametrize("convolutional", [True, False])
+def test_remat_equals_plain(convolutional):
+    x = normal(2, 4, 4, 8)
+
+    def grads(remat):
+        stage = tinyvit.Stage(2, 4, 16, (0.4,), convolutional=convolutional, remat=remat)
+
+        def loss(params):
+            (_, y), _ = stage.apply({**variables, "params": params}, x, True,
+                                    mutable=["batch_stats"], rngs={"drop_path": jax.random.key(1)})
+            return jnp.sum(y * y)
+
+        variables = jax.jit(stage.init, static_argnums=2)(jax.random.key(0), x, False)
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    close = functools.partial(np.testing.assert_allclose, atol=1e-4)
+    jax.tree.map(close, grads(remat=False), grads(remat=True))
+
+
 def batch_norm(frozen=False):
     layer = layers.BatchNorm(frozen=frozen)
     params = {"scale": normal(4, seed=1), "bias": normal(4, seed=2)}
@@ -134,7 +166,8 @@ def test_batch_norm_trains_as_torch(reference):
     names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
     flat = variables["params"] | variables["batch_stats"]
     norm.load_state_dict({k: torch.tensor(flat[v]) for k, v in names.items()}, strict=False)
-    x, cotangent = normal(2, 3, 2, 4, scale=2) + 1, normal(2, 3, 2, 4, seed=5)  # 12 values a channel
+    x = normal(2, 3, 2, 4, scale=2) + 1  # 12 values a channel: biased and unbiased differ
+    cotangent = normal(2, 3, 2, 4, seed=5)
 
     def run(params, x):
         return layer.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
@@ -159,7 +192,7 @@ def test_block_equals_torch(reference, shape):
     theirs = reference.randomize(reference.Block(12, heads=3, window=4))
     x = normal(*shape)
     ours = tinyvit.Block(num_heads=3, window=4, hidden=48)
-    out = ours.apply(reference.variables_of(theirs), x, False)
+    out = jax.jit(ours.apply, static_argnums=2)(reference.variables_of(theirs), x, False)
     np.testing.assert_allclose(out, nhwc(theirs(nchw(x))), atol=ATOL)
 
 
@@ -185,5 +218,5 @@ def test_convolutional_parts_equal_torch(reference, name, size):
     }[name]()
     theirs = reference.randomize(theirs)
     x = normal(2, *size, channels)
-    out = ours.apply(reference.variables_of(theirs), x, False)
+    out = jax.jit(ours.apply, static_argnums=2)(reference.variables_of(theirs), x, False)
     np.testing.assert_allclose(out, nhwc(theirs(nchw(x))), atol=ATOL)

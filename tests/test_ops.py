@@ -207,6 +207,15 @@ def test_translation_is_within_one_level_of_pil(name, fraction):
     assert differ(ops.translate_y(image, fraction, FILL), down).max() <= 1
 
 
+def test_translation_seldom_differs_from_pil_at_all():
+    image = IMAGES["smooth"]
+    shares = []
+    for fraction in np.linspace(-0.45, 0.45, 61).tolist():
+        expected = pil_affine(image, 1, 0, fraction * 80, 0, 1, 0)
+        shares.append((differ(ops.translate_x(image, fraction, FILL), expected) > 0).mean())
+    assert np.mean(shares) < 0.025
+
+
 def test_translation_of_a_flat_image_stays_flat():
     for level in (1, 77, 200, 255):
         image = np.full((8, 50, 3), level, np.uint8)

@@ -40,7 +40,8 @@ def test_first_two_updates_run_at_the_warmup_rate():
 
 def params():
     leaf = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
-    block = {"attn": {"qkv": leaf, "attention_biases": jnp.ones((2, 9))}, "norm": {"scale": jnp.ones(3)}}
+    block = {"attn": {"qkv": leaf, "attention_biases": jnp.ones((2, 9))},
+             "norm": {"scale": jnp.ones(3)}}
     return {"patch_embed": {"seq_0": {"c": leaf}},
             "layers_0": {"blocks_0": {"conv1": {"c": leaf}}, "downsample": {"conv1": {"c": leaf}}},
             "layers_1": {"blocks_0": block, "blocks_1": block}, "norm_head": leaf, "head": leaf}

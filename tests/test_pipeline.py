@@ -72,7 +72,7 @@ def test_evaluation_shows_every_image_once(source, batch_size, processes):
         batches = pipeline.EvalBatches(source, view, batch_size, rows)
         for step in range(len(batches)):
             batch = batches[step]
-            assert len(batch["image"]) == len(batch["label"]) == rows.count
+            assert len(batch["image"]) == len(batch["label"]) == rows.size
             first = step * batch_size + rows.first
             real = int(batch["weight"].sum())
             seen[first:first + real] += 1

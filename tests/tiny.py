@@ -55,3 +55,8 @@ def make_config(folder: Path, mixed: bool = True):
     c.optim.update({"learning_rate": 0.05, "warmup_epochs": 0.5})
     c.log_every = 2
     return c
+
+
+def get_config(folder: str):
+    """For --config=tests/tiny.py:FOLDER."""
+    return make_config(Path(folder))

@@ -49,8 +49,8 @@ def make_teacher(config: ml_collections.ConfigDict, num_classes: int, view_size:
         return _user_teacher(config.name, num_classes, view_size)
     if not config.weights:
         raise TeacherError(
-            f"The teacher {config.name or '(none named)'} has no weights. Set --config.teacher.name "
-            f"and --config.teacher.weights=WORKDIR_OR_FILE, or name a function of yours by "
+            f"The teacher {config.name or '(none named)'} has no weights. Set "
+            f"--config.teacher.name and --config.teacher.weights=FILE, or name a function by "
             f"--config.teacher.name=module:function.")
     model = weights.make_model(config, num_classes, view_size)
     host = weights.load_weights(config.weights, model)
@@ -104,8 +104,8 @@ def make_manifest(config: ml_collections.ConfigDict, teacher: dict, source: imag
                          f"classes of {source.name}. Set it to {len(source.class_names)} or less.")
     return stores.Manifest(
         teacher=teacher, class_names=tuple(source.class_names), top_k=top_k,
-        augment=augment.to_dict(spec), image_set={"name": source.name, "fingerprint": source.fingerprint,
-                                           "images": len(source)},
+        augment=augment.to_dict(spec), image_set={
+            "name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
         data_seed=order.seed, passes=config.store.passes, views_per_pass=order.views_per_pass,
         shard_views=config.store.shard_views, block_views=config.store.block_views)
 
@@ -122,16 +122,18 @@ def estimate(config: ml_collections.ConfigDict, source: images.ImageSource, orde
     while not place.exists():
         place = place.parent
     return {"views": views, "free": shutil.disk_usage(place).free,
-            "bytes": stores.estimate(views, config.store.top_k, len(source.class_names))}
+            "bytes": stores.estimate(views, config.store.top_k, len(source.class_names),
+                                     shard_views=config.store.shard_views)}
 
 
 def check_fits(needed: dict[str, int], path: Path) -> None:
     """Raises OSError where the estimate is more than the free disk."""
     if needed["bytes"] > needed["free"]:
         raise OSError(
-            f"The store {path} needs about {needed['bytes']:,} bytes for {needed['views']:,} views, "
-            f"and its disk has {needed['free']:,} free. Free some, point --config.store.path at "
-            f"another disk, or lower --config.store.passes or --config.store.top_k.")
+            f"The store {path} needs about {needed['bytes']:,} bytes for {needed['views']:,} "
+            f"views, and its disk has {needed['free']:,} free. Free some, point "
+            f"--config.store.path at another disk, or lower --config.store.passes or "
+            f"--config.store.top_k.")
 
 
 def capture(config: ml_collections.ConfigDict, teacher: Teacher, views: pipeline.Views,

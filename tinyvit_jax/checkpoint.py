@@ -104,6 +104,8 @@ def load_variables(folder: Path, step: int | None = None) -> tuple[dict, int]:
                 found[-1].step)
         try:
             saved = checkpointer.metadata(step).metadata
+            if saved is None:
+                raise ValueError("the list of its arrays cannot be read")
             params = "ema" if jax.tree.leaves(saved["ema"]) else "params"
             state = checkpointer.load(step, _only(saved, (params, "batch_stats")))
         except (ValueError, KeyError, TypeError, OSError) as error:

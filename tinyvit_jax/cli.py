@@ -27,12 +27,12 @@ def read_flags() -> tuple[ml_collections.ConfigDict, Path]:
     """The checked config and the workdir of the command line."""
     config = flags.FLAGS.config
     configs.check(config)
-    stem = Path(flags.FLAGS["config"].config_filename).stem
+    stem = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     return config, Path(flags.FLAGS.workdir or Path("runs") / stem)
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in ~/.cache/tinyvit_jax unless JAX is told otherwise."""
+    """Keeps compiled programs between runs: in ~/.cache/tinyvit_jax, or where JAX is told to."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

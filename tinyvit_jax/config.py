@@ -78,6 +78,7 @@ def default() -> ml_collections.ConfigDict:
     t.batch_size = 256
     t.epochs = 0  # recipe of a teacher trained on the labels first; 0 = none
     t.learning_rate = 2e-3  # peak, unscaled
+    t.smoothing = 0.0  # of its labels; a smoothed teacher tells less of the wrong classes
 
     c.optim = p = ml_collections.ConfigDict()
     p.learning_rate = 5e-4  # peak, for a global batch of 512: scaled by batch/512 if scale_by_batch

@@ -24,8 +24,8 @@ def make_class_map(trained: tuple[str, ...], evaluated: tuple[str, ...]) -> np.n
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(evaluated)} evaluation classes are not among the model's "
-            f"{len(trained)}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Give an "
-            f"evaluation set with the same class names by --config.data.eval_source.")
+            f"{len(trained)}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Give "
+            f"an evaluation set with the same class names by --config.data.eval_source.")
     return np.array([place[name] for name in evaluated], np.int32)
 
 

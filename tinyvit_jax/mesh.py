@@ -1,5 +1,8 @@
 """One mesh axis, "data", over every device of every process; batches are cut along it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,7 +24,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes global arrays of the rows that each process holds.
 
     Args:

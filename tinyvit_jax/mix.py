@@ -1,5 +1,8 @@
 """Mixing of pairs and normalisation, on the device: uint8 pixels in, what a model reads out."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +30,7 @@ def mix_pairs(image: jax.Array, lam: jax.Array, box: jax.Array) -> jax.Array:
     return keep * own + (1.0 - keep) * partner
 
 
-def view_pixels(batch: dict[str, jax.Array]) -> jax.Array:
+def view_pixels(batch: Mapping[str, Any]) -> jax.Array:
     """The pixels that a model or a teacher should see: float32 [B, H, W, 3], 0 to 255."""
     if "lam" in batch:
         return mix_pairs(batch["image"], batch["lam"], batch["box"])

@@ -64,11 +64,12 @@ def plot_views(pixels: np.ndarray, titles: list[str], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(6, len(pixels))
     rows = -(-len(pixels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.9 * rows),
-                                   layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 3.1 * rows),
+                                   layout=ConstrainedLayoutEngine(h_pad=0.15), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, pixels, titles, strict=False):

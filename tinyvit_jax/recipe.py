@@ -23,7 +23,8 @@ logger = logging.getLogger("tinyvit_jax")
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     """Runs everything a config asks for and returns the content of WORKDIR/result.json."""
     data = train.open_data(config)
-    store, result = None, {}
+    store: stores.Store | None = None
+    result: dict = {}
     if config.objective.name == "stored_logits":
         store, result = provide_store(config, workdir, data)
     student = train.fit(config, workdir, data, store, title="student" if store else "train")
@@ -52,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
 def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of a supervised run of the teacher, on the same images and views."""
     c = ml_collections.ConfigDict(config.to_dict())
-    c.objective.name = "supervised"
+    c.objective.name, c.objective.smoothing = "supervised", config.teacher.smoothing
     shape = config.teacher.to_dict()
     for key in set(shape) & set(c.model):
         c.model[key] = shape[key]
@@ -194,7 +195,7 @@ def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, 
         seconds = capture.capture(config, teacher, views, store, mesh)
         before = {"seconds": before["seconds"] + seconds}
         log.write_json(clock, before)
-    draw_views(views, store, path / "views.png")
+    draw_views(views, store, path.parent / "views.png")
     return store, before["seconds"]
 
 

@@ -90,17 +90,17 @@ def count_steps(config: ml_collections.ConfigDict, num_images: int) -> tuple[int
 
 def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable) -> State:
     """The state before the first update, from `model.init_from` or from the seed."""
+    def state(variables: dict) -> State:
+        params = variables["params"]
+        zero = jnp.zeros((), jnp.int32)
+        return State(zero, params, variables["batch_stats"], make_tx(params).init(params),
+                     params if config.optim.ema else {}, zero)
+
     if config.model.init_from:
-        variables = weights.load_weights(config.model.init_from, model, head="new")
-    else:
-        image = jnp.zeros((1, model.image_size, model.image_size, 3))
-        init = jax.jit(lambda key: model.init(key, image, train=False))
-        variables = init(jax.random.key(config.seed))
-    params = variables["params"]
-    return State(jnp.zeros((), jnp.int32), params, variables["batch_stats"],
-                 make_tx(params).init(params),
-                 jax.tree.map(jnp.copy, params) if config.optim.ema else {},
-                 jnp.zeros((), jnp.int32))
+        return jax.jit(state)(weights.load_weights(config.model.init_from, model, head="new"))
+    image = jnp.zeros((1, model.image_size, model.image_size, 3))
+    return jax.jit(lambda key: state(model.init(key, image, train=False)))(
+        jax.random.key(config.seed))
 
 
 def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.GradientTransformation,
@@ -164,7 +164,8 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         metrics |= {"learning_rate": schedule(state.step), "gradient_norm": grad_norm,
                     "parameter_norm": optax.global_norm(state.params),
                     "update_norm": optax.global_norm(updates), "skipped": skipped}
-        return State(state.step + 1, *kept, skipped), metrics
+        kept_params, kept_stats, kept_opt, kept_ema = kept
+        return State(state.step + 1, kept_params, kept_stats, kept_opt, kept_ema, skipped), metrics
 
     whole = meshes.replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
@@ -234,8 +235,9 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
             state = State(**checkpoints.restore(checkpoints.latest, state._asdict()))
             log.logger.info("%s: resumed at update %d of %d", title, checkpoints.latest, steps)
         if jax.process_index() == 0:
-            log.write_json(workdir / "model.json",
-                           weights.describe_run(config, model, data.train.class_names))
+            log.write_json(workdir / "model.json", weights.describe(weights.Trained(
+                model, {}, data.train.class_names, config.data.mean, config.data.std,
+                config.eval.crop, config.eval.crop_ratio), config.model.name))
         step_fn = make_train_step(config, model, make_tx(state.params), schedule, mesh)
         views = pipeline.Views(data.train, spec, data.order, store)
         evaluator = make_evaluator(config, model, data.eval, data.class_map, mesh)
@@ -303,7 +305,8 @@ class _Meter:
     def __init__(self, batch_size: int, steps: int, seconds_before: float):
         self.batch_size, self.steps, self.before = batch_size, steps, seconds_before
         self.began = self.since = time.perf_counter()
-        self.waited, self.pending = 0.0, []
+        self.waited = 0.0
+        self.pending: list[dict] = []
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

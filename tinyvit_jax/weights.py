@@ -3,23 +3,20 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tinyvit_jax import checkpoint, models
-from tinyvit_jax.convert import files, tinyvit
+from tinyvit_jax import checkpoint, log, models
+from tinyvit_jax.convert import files, shape, tinyvit
+from tinyvit_jax.convert.files import WeightsError
 
 
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message names the file and says what to do."""
-
-
-class Run(NamedTuple):
-    """A trained model as its workdir describes it (model.json)."""
+class Trained(NamedTuple):
+    """A model with its weights and preprocessing."""
 
     model: Any
     variables: dict
@@ -52,13 +49,8 @@ def make_model(section: ml_collections.ConfigDict, num_classes: int, image_size:
         remat=remat, freeze_norm=freeze_norm)
 
 
-def variable_shapes(model) -> dict:
-    """Shapes and dtypes of a model's variables, without computing them."""
-    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    return jax.eval_shape(lambda k, x: model.init(k, x, train=False), jax.random.key(0), image)
-
-
-def load_weights(path: str | Path, model, head: str = "strict") -> dict:
+def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "strict"
+                 ) -> dict:
     """Reads weights for a model: from a run's workdir, a .pth or a .safetensors.
 
     Args:
@@ -86,7 +78,7 @@ def load_weights(path: str | Path, model, head: str = "strict") -> dict:
 
 def _replace_head(variables: dict, model) -> dict:
     """Zeroes the classifier where its shape is not the model's."""
-    wanted = variable_shapes(model)["params"].get("head", {})
+    wanted = model.variable_shapes()["params"].get("head", {})
     own = variables["params"].get("head", {})
     if all(own[k].shape == wanted[k].shape for k in wanted if k in own):
         return variables
@@ -102,7 +94,7 @@ def check_variables(variables: dict, model, origin: str) -> None:
         return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape)
                 for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
-    found, wanted = flat(variables), flat(variable_shapes(model))
+    found, wanted = flat(variables), flat(model.variable_shapes())
     wrong = [f"{k}: found {found.get(k, 'nothing')}, expected {wanted.get(k, 'nothing')}"
              for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
     if wrong:
@@ -122,21 +114,31 @@ def hash_weights(variables: dict) -> str:
     return digest.hexdigest()
 
 
-def describe_run(config: ml_collections.ConfigDict, model, class_names: tuple[str, ...]) -> dict:
-    """What model.json holds: all that is needed to use the weights elsewhere."""
+def describe(trained: Trained, name: str = "tiny_vit") -> dict:
+    """What model.json holds: all but the weights that is needed to use them elsewhere."""
+    model = trained.model
     return {
         "model": {
-            "name": config.model.name, "num_classes": len(class_names),
-            "image_size": model.image_size, "embed_dims": model.embed_dims,
-            "depths": model.depths, "num_heads": model.num_heads,
+            "name": name, "num_classes": model.num_classes, "image_size": model.image_size,
+            "embed_dims": model.embed_dims, "depths": model.depths, "num_heads": model.num_heads,
             "window_sizes": model.window_sizes, "stem_strides": model.stem_strides,
         },
-        "class_names": class_names, "mean": config.data.mean, "std": config.data.std,
-        "crop": config.eval.crop, "crop_ratio": config.eval.crop_ratio,
+        "class_names": trained.class_names, "mean": trained.mean, "std": trained.std,
+        "crop": trained.crop, "crop_ratio": trained.crop_ratio,
     }
 
 
-def load_run(workdir: str | Path) -> Run:
+def save_trained(trained: Trained, workdir: str | Path) -> None:
+    """Writes a model as the workdir of a run that has just ended: model.json and a checkpoint."""
+    workdir = Path(workdir)
+    if (workdir / "checkpoints").exists():
+        raise WeightsError(f"{workdir} already holds checkpoints. Give another folder.")
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(0, {**trained.variables, "ema": {}})
+    log.write_json(workdir / "model.json", describe(trained))
+
+
+def load_run(workdir: str | Path) -> Trained:
     """The model, weights and preprocessing of a run.
 
     Raises:
@@ -147,10 +149,46 @@ def load_run(workdir: str | Path) -> Run:
         raise WeightsError(f"{workdir} is not the workdir of a run: {path.name} is missing. Give "
                            f"the --workdir that was trained.")
     card = json.loads(path.read_text())
-    shape = card["model"]
+    own = card["model"]
     model = models.create_model(
-        shape["name"], shape["num_classes"], shape["image_size"],
-        **{k: tuple(shape[k]) for k in ("embed_dims", "depths", "num_heads", "window_sizes",
-                                        "stem_strides")})
-    return Run(model, load_weights(workdir, model), tuple(card["class_names"]),
+        own["name"], own["num_classes"], own["image_size"],
+        embed_dims=own["embed_dims"], depths=own["depths"], num_heads=own["num_heads"],
+        window_sizes=own["window_sizes"], stem_strides=own["stem_strides"])
+    return Trained(model, load_weights(workdir, model), tuple(card["class_names"]),
                tuple(card["mean"]), tuple(card["std"]), card["crop"], card["crop_ratio"])
+
+
+def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int, ...] = (),
+                 class_names: tuple[str, ...] = ()) -> Trained:
+    """A trained model from a run's workdir or from a PyTorch file alone.
+
+    A file tells its widths, depths, heads, windows and classes; what it cannot tell is taken from
+    the arguments and else from ImageNet's habits.
+
+    Args:
+        path: a workdir, a .pth or a .safetensors.
+        image_size: pixels, for a file; 0 = 224.
+        stem_strides: for a file; () = (2, 2).
+        class_names: for a file; () = "class 0", "class 1" ...
+
+    Raises:
+        WeightsError: where it is neither, or the class names are not as many as the classes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_run(path)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist. Give the workdir of a run, or a .pth or "
+                           f".safetensors file.")
+    state = files.read_state(str(path))
+    own = shape.infer_shape(state)
+    if class_names and len(class_names) != own.num_classes:
+        raise WeightsError(f"{path} has {own.num_classes} classes, and {len(class_names)} names "
+                           f"were given. Give one name for each class, in order.")
+    model = models.create_model(
+        "tiny_vit", own.num_classes, image_size or None, embed_dims=own.embed_dims,
+        depths=own.depths, num_heads=own.num_heads, window_sizes=own.window_sizes,
+        stem_strides=stem_strides)
+    names = class_names or tuple(f"class {i}" for i in range(own.num_classes))
+    return Trained(model, tinyvit.from_torch(state, model), names, (0.485, 0.456, 0.406),
+                   (0.229, 0.224, 0.225), "center", 224 / 256)

@@ -23,8 +23,8 @@ def main() -> int:
     for problem in problems:
         print("bad:", problem)
     if agreement:
-        print(f"teacher again on {agreement['views']} views: largest KL {agreement['kl']:.2e}, same "
-              f"top class on {agreement['top1']:.2%}")
+        print(f"teacher again on {agreement['views']} views: largest KL {agreement['kl']:.2e}, "
+              f"same top class on {agreement['top1']:.2%}")
     print("store is", "damaged" if problems else "good")
     return 1 if problems else 0
 

@@ -4,7 +4,8 @@ python tools/save_logits.py --config=configs/21m.py --estimate
 python tools/save_logits.py --config=configs/X.py --workdir=DIR --config.teacher.name=NAME \
     --config.teacher.weights=FILE_OR_WORKDIR --config.store.path=STORE
 
-It resumes at the first missing shard. A teacher of one's own is --config.teacher.name=module:function.
+It resumes at the first missing shard. A teacher of one's own is a function that is named by
+--config.teacher.name=module:function.
 """
 
 from pathlib import Path

@@ -53,7 +53,7 @@ def write_state(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> Non
     """
     path = pathlib.Path(path)
     writer = _choose(path, _write_torch, _write_safetensors)
-    arrays = {key: np.ascontiguousarray(value) for key, value in state.items()}
+    arrays = {key: np.array(value, order="C") for key, value in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
@@ -112,9 +112,7 @@ def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
 
 def _write_torch(path: pathlib.Path, state: State) -> None:
     torch = _import_torch(path)
-    # A copy: tensors over read-only arrays are refused, and scalars have lost their shape.
-    tensors = {key: torch.tensor(value) for key, value in state.items()}
-    torch.save({"model": tensors}, path)
+    torch.save({"model": {key: torch.from_numpy(value) for key, value in state.items()}}, path)
 
 
 def _read_safetensors(path: pathlib.Path) -> State:

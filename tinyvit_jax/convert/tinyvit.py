@@ -88,7 +88,7 @@ def from_torch(state: Mapping[str, Any], model: Model,
     """
     if head not in ("strict", "new"):
         raise ValueError(f"head={head!r} cannot work: expected strict or new")
-    left = _strip(unwrap(state))
+    left = strip(unwrap(state))
     layout = detect_layout(left)
     result: dict[Path, np.ndarray] = {}
     faults, resized, renewed = [], [], []
@@ -154,8 +154,16 @@ def _check_layout(layout: str) -> None:
         raise ValueError(f"layout={layout!r} cannot work: expected microsoft or timm")
 
 
-def _strip(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The trunk's own keys, without what training in parallel or a larger model put before."""
+def strip(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The trunk's own arrays, under keys without what parallel training or a larger model added.
+
+    Args:
+        state: arrays by key, in either layout.
+
+    Returns:
+        The same without prefixes, without buffers that follow from the rest, and without what
+        surrounds the trunk of a segmentation model (which is logged).
+    """
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith(_TRUNK) for key in state):
@@ -214,8 +222,9 @@ def _log_changes(model: Model, resized: list[str], renewed: list[str]) -> None:
         _log.info("resized %d tables of attention biases to windows %s", len(resized),
                   model.window_sizes[1:])
     if renewed:
-        _log.info("left out %s: they do not fit %d classes, the head starts at zero",
-                  " and ".join(renewed), model.num_classes)
+        then = (f"they do not fit {model.num_classes} classes, the head starts at zero"
+                if model.num_classes else "the model has no head")
+        _log.info("left out %s: %s", " and ".join(renewed), then)
 
 
 def _flatten(tree: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:

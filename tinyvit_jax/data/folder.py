@@ -107,8 +107,8 @@ def _label_keys(keys: list[str], class_names: tuple[str, ...], root: Path,
     """The label of each key, int32 [n]; `complete` asks for an image in every class."""
     odd = next((key for key in keys if not _is_text(key)), None)
     if odd is not None:
-        raise SourceError(f"The folder {root} has an image whose name is not UTF-8: {odd!r}. Rename "
-                          f"it; a key must mean the same on every machine.")
+        raise SourceError(f"The folder {root} has an image whose name is not UTF-8: {odd!r}. "
+                          f"Rename it; a key must mean the same on every machine.")
     index = {name: i for i, name in enumerate(class_names)}
     folders = {key.partition("/")[0] for key in keys}
     unknown, empty = sorted(folders - set(index)), sorted(set(index) - folders)

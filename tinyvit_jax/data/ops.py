@@ -10,8 +10,9 @@ filled outside.
 Functions return a new array or their input unchanged, and depend on their arguments alone, in any
 thread: OpenCV's own threads are switched off for the whole process when this module is imported
 (parallelism is the business of whoever calls), and Intel's closed kernels wherever they would
-change a pixel. The pixels of resize, rotate and shear are those of one OpenCV release on one kind
-of CPU; others may differ in single levels.
+change a pixel. What can still differ is stated with the golden tests: with and without AVX2 and FMA
+rotation and shear differ by one level in up to ten of 150,000 values, all the rest is equal; other
+OpenCV releases and other families of CPU were not compared.
 """
 
 import math
@@ -343,7 +344,7 @@ def _shift_columns(image: np.ndarray, distance: float, fill: Fill) -> np.ndarray
         _use_open_kernels()
         edged = cv2.copyMakeBorder(image, 0, 0, 2, 2, cv2.BORDER_REPLICATE)
         # PIL cuts fractions off; the last bit of a sum of weights must not cost a level there.
-        moved = cv2.filter2D(edged, cv2.CV_32F, taps, anchor=(1, 0), delta=1 / 256)
+        moved = cv2.filter2D(edged, cv2.CV_32F, taps, anchor=(1, 0), delta=1 / 4096)
         out[:, low:high] = np.clip(moved[:, low + whole + 2:high + whole + 2], 0, 255)
     return out
 
@@ -409,7 +410,8 @@ def make_noise_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.nda
 
     Returns:
         uint8 [1, 256, 3]: round(255 * (mean + std * n)), clipped, n the middle of the k-th of 256
-        equal parts of N(0, 1). Its distribution function is within 1/512 of the Gaussian's.
+        equal parts of N(0, 1): the distribution function is within 1/512 of the Gaussian's, the
+        deviation 0.9975, and nothing lies beyond 2.89, where bytes end at 0 and 255 anyway.
     """
     normal = statistics.NormalDist()
     n = np.array([round(normal.inv_cdf((k + 0.5) / 256), 9) for k in range(256)])

@@ -24,7 +24,8 @@ from tinyvit_jax.data.source import Example, Fingerprint, ImageSource, SourceErr
 FORMAT_VERSION = 1
 
 _HEADER = struct.Struct("<HI")  # of a record: bytes of its key, label; key and image follow
-# Groups of one record and no compression: an image is one short read, and is compressed already.
+# Groups of one record: a random read took 40 us, with 4 records 56, with 16 records 96. No
+# compression: an image is compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 32 * 1024

@@ -17,10 +17,10 @@ from tinyvit_jax.store.store import Store
 
 
 class Rows(NamedTuple):
-    """This process's share of every batch: rows [first, first + count)."""
+    """This process's share of every batch: rows [first, first + size)."""
 
     first: int
-    count: int
+    size: int
 
     @classmethod
     def of_process(cls, batch_size: int, index: int, count: int) -> "Rows":
@@ -99,7 +99,7 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> Batch:
         first = int(step) * self.batch_size + self.rows.first
-        return self.views.read(np.arange(first, first + self.rows.count))
+        return self.views.read(np.arange(first, first + self.rows.size))
 
 
 class EvalBatches:
@@ -121,12 +121,12 @@ class EvalBatches:
 
     def __getitem__(self, step: int) -> Batch:
         first = int(step) * self.batch_size + self.rows.first
-        real = range(first, min(first + self.rows.count, len(self.source)))
+        real = range(first, min(first + self.rows.size, len(self.source)))
         examples = self.source.read(list(real)) or [self.source[0]]  # all padding: any image does
         pixels = [self.view(ops.decode(e.image, e.key)) for e in examples]
         labels = [e.label for e in examples]
-        padding = self.rows.count - len(pixels)
-        weight = np.zeros(self.rows.count, np.float32)
+        padding = self.rows.size - len(pixels)
+        weight = np.zeros(self.rows.size, np.float32)
         weight[: len(real)] = 1
         return Batch(image=np.stack(pixels + pixels[-1:] * padding),
                      label=np.array(labels + labels[-1:] * padding, np.int32), weight=weight)

@@ -49,10 +49,12 @@ class TfdsSource:
                 f"array_record, which can be read by position. Delete that folder, or choose "
                 f"another --config.data.data_dir, and prepare the set again with  {command}"
             )
-        if not {"image", "label"} <= set(info.features):
+        features = dict(info.features)
+        classes = getattr(features.get("label"), "num_classes", None) or 0  # a ClassLabel has them
+        if "image" not in features or classes < 2:
             raise SourceError(
                 f"{self.name} is not a set for image classification: expected the features image "
-                f"and label, found {', '.join(info.features)}."
+                f"and label, of two classes or more, found {', '.join(sorted(features))}."
             )
 
     def __len__(self) -> int:

@@ -92,7 +92,7 @@ def _shifted_backward(stride, saved, grad):
 def _kernel_grad(x: jax.Array, grad: jax.Array, stride: int) -> jax.Array:
     """Gradient of the depthwise kernel, float32 [3, 3, 1, C].
 
-    Row by row, because three rows stay in the cache: 4 to 7 times the speed of whole maps.
+    Row by row, because three rows stay in the cache: about four times as fast as whole maps.
     """
     B, H, W, C = grad.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -100,7 +100,7 @@ def _kernel_grad(x: jax.Array, grad: jax.Array, stride: int) -> jax.Array:
     def add_row(sums, row):
         b, y = row // H, row % H
         rows = lax.dynamic_slice(padded, (b, y * stride, 0, 0), (1, 3, padded.shape[2], C))[0]
-        seen = grad[b, y].astype(jnp.float32)
+        seen = lax.dynamic_slice(grad, (b, y, 0, 0), (1, 1, W, C))[0].astype(jnp.float32)
         return [total + rows[:, j:j + stride * (W - 1) + 1:stride] * seen
                 for j, total in enumerate(sums)], None
 

@@ -63,7 +63,7 @@ class PatchMerging(nn.Module):
 
 
 class Block(nn.Module):
-    """Window attention, a local convolution, an MLP (section 3.3 of the paper)."""
+    """Window attention, a local convolution, an MLP: the paper's TinyViT block."""
 
     num_heads: int
     window: int

@@ -1,20 +1,21 @@
 """Teacher targets of a block of views as bytes: the top K classes, their probabilities, the rest.
 
-Two sets of bytes make up a block. The classes of a view are sorted and stored as gaps; since a set
-costs log2(K!) bits less than a list, the probabilities follow in class order and `decode` sorts.
-The probabilities are stored in one of two modes:
+The classes of a view are sorted and stored as gaps: a set costs log2(K!) bits less than a list. The
+probabilities follow in class order, and `decode` sorts by them. There are two modes for them:
 
 - "compact": uniform steps in the square root of the probability. To second order the divergence
   KL(p || p') is 2 sum (sqrt p - sqrt p')^2, so equal steps there spend the fewest bits for a given
   KL. A step of sqrt(6 * KL / K) gives that KL on average, whatever the teacher; a block of flat
   targets takes a finer one, which keeps the error of the loss gradient within 1 %.
-- "float16": the probability rounded to float16, as in TinyViT's own files (ECCV 2022, section 3.2).
+- "float16": the probability rounded to float16, as in TinyViT's own files (ECCV 2022, section 3.1).
 
 What the top K leave over decides the target of the other C - K classes. Next to a kept mass of
 almost 1 it would round to nothing, so compact mode stores it on a log scale.
 
 Every field is a byte plane over the block (all low bytes, all high bytes ...): bytes of one kind
 lie together for the general compressor (zstd, in the shard) that comes after. Little endian.
+
+`digest` and `key_bits` are what a block's keys (image index, view seed) are known by.
 """
 
 import hashlib
@@ -57,7 +58,8 @@ def encode(index: np.ndarray, prob: np.ndarray, *, num_classes: int, mode: str =
         mode: "compact" or "float16".
 
     Returns:
-        The block, of 3.3 to 4.4 bytes a class before the shard's zstd halves it.
+        The block: about 3 bytes a class in compact mode and 4 in float16, 2 less where K = C. The
+        zstd of the shard halves them.
 
     Raises:
         ValueError: the arrays are no such targets; names the view.

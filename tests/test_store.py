@@ -1,0 +1,466 @@
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinyvit_jax.store import files
+from tinyvit_jax.store import store as stores
+
+CLASSES = tuple(f"class {i}" for i in range(20))
+FIELDS: dict[str, Any] = {
+    "teacher": {"name": "t", "weights": "ab12", "image_size": 16, "mean": [0.5], "std": [0.2]},
+    "class_names": CLASSES, "top_k": 3, "augment": {"name": "small", "flip": 0.5},
+    "image_set": {"name": "folder", "fingerprint": "cd34", "images": 45}, "data_seed": 7,
+    "passes": 2, "views_per_pass": 45, "shard_views": 16, "block_views": 4}
+
+
+def make_manifest(**changes):
+    return stores.Manifest(**{**FIELDS, **changes})
+
+
+def targets(pass_number, start, stop):
+    """Keys, classes and float16-exact probabilities of positions, each a function of its place."""
+    place = np.arange(start, stop)
+    image = (place * 7 + pass_number) % 45
+    seed = (place * 2654435761 + pass_number).astype(np.uint32)
+    index = np.stack([place % 20, (place + 3) % 20, (place + pass_number + 5) % 20], 1)
+    prob = np.stack([np.full(len(place), 0.5), 0.25 - place / 1024, place / 1024 + 1 / 1024], 1)
+    return (image, seed), index.astype(np.int32), prob.astype(np.float32)
+
+
+def blocks(store, shard):
+    size = store.manifest.block_views
+    for start in range(shard.start, shard.stop, size):
+        yield targets(shard.pass_number, start, min(start + size, shard.stop))
+
+
+def fill(store):
+    for shard in store.missing():
+        store.write_shard(shard, blocks(store, shard))
+    return store
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A complete store of exact probabilities."""
+    return fill(stores.create_store(tmp_path / "store", make_manifest(codec="float16")))
+
+
+def check_range(store, pass_number, start, stop):
+    keys, index, prob = targets(pass_number, start, stop)
+    found_index, found_prob = store.read(pass_number, start, stop, keys)
+    np.testing.assert_array_equal(found_prob, -np.sort(-prob, axis=1))
+    order = np.argsort(-prob, axis=1, kind="stable")
+    np.testing.assert_array_equal(found_index, np.take_along_axis(index, order, 1))
+
+
+def shard_file(store, shard):
+    return store.path / f"{shard.name}.array_record"
+
+
+def test_every_range_comes_back(store):
+    for start in range(45):
+        for stop in range(start + 1, 46):
+            check_range(store, start % 2, start, stop)
+
+
+def test_shards_cover_every_pass_once(store):
+    for p in range(2):
+        cuts = [(s.start, s.stop) for s in store.shards() if s.pass_number == p]
+        assert cuts == [(0, 16), (16, 32), (32, 45)]
+    assert [s.name for s in store.shards()][:2] == [
+        "pass-00000/shard-00000", "pass-00000/shard-00001"]
+    assert str(store.shards()[4]) == "pass 1, shard 1"
+    assert store.missing() == []
+    assert store.verify() == []
+
+
+def test_compact_mode_is_the_default_and_comes_back(tmp_path):
+    store = fill(stores.create_store(tmp_path, make_manifest()))
+    keys, _, prob = targets(1, 3, 40)
+    np.testing.assert_allclose(store.read(1, 3, 40, keys)[1], -np.sort(-prob, axis=1), atol=0.006)
+    assert store.verify() == []
+
+
+def test_what_was_read_may_be_changed(store):
+    store.read(0, 0, 4)[1][:] = 0
+    check_range(store, 0, 0, 4)
+
+
+def test_caches_stay_bounded(store, monkeypatch):
+    monkeypatch.setattr(stores, "_CACHED_BLOCKS", 2)
+    monkeypatch.setattr(stores, "_OPEN_READERS", 1)
+    for p in (0, 1, 0):
+        check_range(store, p, 0, 45)
+    assert len(store._blocks) == 2
+    assert len(store._readers) == 1
+
+
+def test_a_killed_capture_goes_on_where_it_was(store):
+    lost = store.shards()[2]
+    os.remove(shard_file(store, lost))
+    with pytest.raises(stores.StoreError, match=r"pass 0, shard 2 .*missing.*save_logits\.py"):
+        stores.open_store(store.path).read(0, 33, 34)
+    again = stores.create_store(store.path, store.manifest)
+    assert again.missing() == [lost]
+    assert again.verify() == []
+    check_range(fill(again), 0, 30, 45)
+    assert again.missing() == []
+    os.remove(store.path / f"{lost.name}.json")
+    assert again.missing() == [lost]
+
+
+def test_a_writer_killed_before_the_rename_leaves_nothing_to_read(store):
+    """A real process dies in the middle of a shard; its file is never read, and removed later."""
+    victim = store.shards()[1]
+    os.remove(shard_file(store, victim))
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_store as t
+store = t.stores.open_store({str(store.path)!r})
+t.files.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+shard = store.missing()[0]
+store.write_shard(shard, t.blocks(store, shard))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=os.getcwd(), check=False,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == -9
+    left = list(store.path.glob("pass-*/.*.tmp"))
+    assert len(left) == 1
+    assert store.missing() == [victim]
+    again = stores.create_store(store.path, store.manifest)
+    assert not left[0].exists()
+    fill(again)
+    assert again.verify() == []
+
+
+def test_files_of_living_writers_are_left_alone(store, monkeypatch):
+    ours = files.temporary_path(store.path / "pass-00000" / "shard-00000.array_record")
+    ours.write_bytes(b"")
+    name = ours.name.split(".")
+    name[-4] = "another-machine"
+    theirs = ours.with_name(".".join(name))
+    theirs.write_bytes(b"")
+    stores.create_store(store.path, store.manifest)
+    assert ours.exists()
+    assert theirs.exists()
+    os.utime(theirs, (0, 0))
+    stores.create_store(store.path, store.manifest)
+    assert ours.exists()
+    assert not theirs.exists()
+
+
+def test_damage_anywhere_in_a_shard_is_found_and_never_read(store):
+    shard = store.shards()[0]
+    file = shard_file(store, shard)
+    good = file.read_bytes()
+    used = [at for at in range(len(good)) if good[at]]
+    places = used[::7] + list(range(0, len(good), 4001)) + [len(good) - 1]
+    loud = []
+    for at in places:
+        broken = bytearray(good)
+        broken[at] ^= 1 << at % 8
+        file.write_bytes(broken)
+        fresh = stores.open_store(store.path)
+        try:
+            check_range(fresh, 0, 0, 16)
+        except stores.StoreError as error:
+            loud.append(str(error))
+        if at in places[::10]:
+            assert any("pass 0, shard 0" in problem for problem in fresh.verify())
+    assert len(loud) > len(places) // 3
+    assert all("pass 0, shard 0" in error and "save_logits.py" in error for error in loud)
+
+
+def test_a_damaged_block_is_named(store):
+    """The container's own checksums are taken out of the way: the block's must do."""
+    shard = store.shards()[3]
+    reader = stores._Reader(shard_file(store, shard))
+    records = [reader.read(i) for i in range(reader.count)]
+    records[2] = records[2][:-1] + bytes([records[2][-1] ^ 1])
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(shard_file(store, shard)), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    fresh = stores.open_store(store.path)
+    check_range(fresh, 1, 0, 8)
+    with pytest.raises(stores.StoreError, match=r"pass 1, shard 0 .*block 2: .*checksum"):
+        fresh.read(1, 8, 12)
+    assert any("pass 1, shard 0, block 2" in problem for problem in fresh.verify())
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, 65536, -1])
+def test_a_cut_shard_is_found(store, size):
+    file = shard_file(store, store.shards()[0])
+    file.write_bytes(file.read_bytes()[:size])
+    fresh = stores.open_store(store.path)
+    with pytest.raises(stores.StoreError, match=r"pass 0, shard 0 .*damaged"):
+        fresh.read(0, 0, 16)
+    assert any("pass 0, shard 0" in problem for problem in fresh.verify())
+
+
+def test_a_shard_of_another_store_is_found(store, tmp_path):
+    wider = fill(stores.create_store(tmp_path / "wider", make_manifest(block_views=8)))
+    shard = store.shards()[0]
+    os.replace(shard_file(wider, shard), shard_file(store, shard))
+    with pytest.raises(stores.StoreError, match="holds 2 blocks, expected 4"):
+        stores.open_store(store.path).read(0, 0, 4)
+
+
+@pytest.mark.parametrize(("block_views", "start", "stop"), [
+    (4, 0, 45), (4, 4, 8), (4, 42, 45), (16, 3, 15), (16, 2, 27), (48, 11, 43)])
+@pytest.mark.parametrize("what", ["image", "seed", "order"])
+def test_other_keys_are_refused(tmp_path, block_views, start, stop, what):
+    """In whole blocks by their digest, in parts by the bits of a dozen views or more."""
+    store = fill(stores.create_store(tmp_path, make_manifest(block_views=block_views,
+                                                             shard_views=48)))
+    image, seed = targets(0, start, stop)[0]
+    store.read(0, start, stop, (image, seed))
+    if what == "image":
+        image = (image + 13) % 45
+    elif what == "seed":
+        seed = seed + np.uint32(99)
+    else:
+        image, seed = image[::-1], seed[::-1]
+    with pytest.raises(stores.StoreError, match=r"pass 0, shard 0, block \d.*other views.*\(7\)"):
+        store.read(0, start, stop, (image, seed))
+
+
+def test_one_other_view_in_a_whole_block_is_refused(store):
+    image, seed = targets(1, 0, 45)[0]
+    seed = seed.copy()
+    seed[44] ^= 1
+    with pytest.raises(stores.StoreError, match="pass 1, shard 2, block 3"):
+        store.read(1, 0, 45, (image, seed))
+
+
+@pytest.mark.parametrize(("p", "start", "stop"), [(2, 0, 1), (-1, 0, 1), (0, -1, 3), (0, 3, 3),
+                                                  (0, 44, 46)])
+def test_positions_outside_are_refused(store, p, start, stop):
+    with pytest.raises(stores.StoreError, match="2 passes of 45 views"):
+        store.read(p, start, stop)
+
+
+def test_keys_of_another_length_are_refused(store):
+    with pytest.raises(ValueError, match="4 images and seeds, found 3 and 3"):
+        store.read(0, 0, 4, targets(0, 0, 3)[0])
+
+
+def test_pickled_store_opens_its_own_files(store):
+    check_range(store, 0, 0, 45)
+    copy = pickle.loads(pickle.dumps(store))
+    assert len(pickle.dumps(store)) < 3000
+    check_range(copy, 1, 2, 44)
+
+
+def test_threads_read_the_same(store, monkeypatch):
+    monkeypatch.setattr(stores, "_CACHED_BLOCKS", 3)
+    monkeypatch.setattr(stores, "_OPEN_READERS", 2)
+    failures = []
+
+    def work(seed):
+        r = np.random.default_rng(seed)
+        try:
+            for _ in range(100):
+                start = int(r.integers(0, 44))
+                check_range(store, int(r.integers(2)), start, int(r.integers(start + 1, 46)))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda b: b[:-1], r"end at position 44 of \[32, 45\)"),
+    (lambda b: [*b, b[-1]], "position 45 should have 0 views"),
+    (lambda b: b[::-1], "position 32 should have 4 views"),
+    (lambda b: [(b[0][0], b[0][1][:, :2], b[0][2][:, :2]), *b[1:]], "top_k=3"),
+    (lambda b: [((b[0][0][0], b[0][0][1][:3]), *b[0][1:]), *b[1:]], "3 seeds"),
+])
+def test_blocks_that_are_no_shard_are_refused(tmp_path, change, message):
+    store = stores.create_store(tmp_path, make_manifest())
+    shard = store.shards()[2]
+    with pytest.raises(stores.StoreError, match=message):
+        store.write_shard(shard, change(list(blocks(store, shard))))
+    assert shard in store.missing()
+    assert os.listdir(tmp_path / "pass-00000") == []
+
+
+def test_rewritten_shard_is_read_anew(store):
+    shard = store.shards()[0]
+    check_range(store, 0, 0, 16)
+    store.write_shard(shard, [(k, i, p / 2) for k, i, p in blocks(store, shard)])
+    np.testing.assert_array_equal(store.read(0, 0, 1)[1][0, 0], 0.25)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_full_disk_is_said_and_cleaned_up(tmp_path, monkeypatch):
+    store = stores.create_store(tmp_path, make_manifest())
+    made = []
+
+    def full(path):
+        link = path.with_name("full.tmp")
+        link.symlink_to("/dev/full")
+        made.append(link)
+        return link
+
+    monkeypatch.setattr(files, "temporary_path", full)
+    shard = store.shards()[0]
+    with pytest.raises(stores.StoreError, match=r"No space left .* pass 0, shard 0"):
+        store.write_shard(shard, blocks(store, shard))
+    assert made
+    assert not made[0].is_symlink()
+    assert shard in store.missing()
+
+
+def test_a_disk_full_at_the_last_moment(tmp_path, monkeypatch):
+    store = stores.create_store(tmp_path, make_manifest())
+
+    def sync(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "sync", sync)
+    shard = store.shards()[0]
+    with pytest.raises(stores.StoreError, match="No space left"):
+        store.write_shard(shard, blocks(store, shard))
+    assert os.listdir(tmp_path / "pass-00000") == []
+
+
+def test_manifest_is_read_as_it_was_written(store):
+    assert stores.open_store(store.path).manifest == store.manifest
+    text = (store.path / "manifest.json").read_text()
+    assert json.loads(text)["class_names"] == list(CLASSES)
+    assert len(text.splitlines()) == len(dataclasses.fields(stores.Manifest)) + 2
+
+
+CHANGES = [
+    ("teacher.weights", {"teacher": {**FIELDS["teacher"], "weights": "zz"}}, "'ab12'", "'zz'"),
+    ("teacher.mean", {"teacher": {**FIELDS["teacher"], "mean": [0.4]}}, r"\[0.5\]", r"\[0.4\]"),
+    (r"class_names\[19\]", {"class_names": (*CLASSES[:19], "x")}, "'class 19'", "'x'"),
+    (r"len\(class_names\)", {"class_names": (*CLASSES, "x")}, "20", "21"),
+    ("top_k", {"top_k": 4}, "3", "4"),
+    ("augment.flip", {"augment": {"name": "small", "flip": 0.0}}, "0.5", "0.0"),
+    ("augment.pad", {"augment": {**FIELDS["augment"], "pad": 2}}, r"'\(absent\)'", "2"),
+    ("augment.flip", {"augment": {"name": "small"}}, "0.5", r"'\(absent\)'"),
+    ("image_set.fingerprint", {"image_set": {**FIELDS["image_set"], "fingerprint": "q"}}, "'cd34'",
+     "'q'"),
+    ("data_seed", {"data_seed": 8}, "7", "8"),
+    ("passes", {"passes": 1}, "2", "1"),
+    ("views_per_pass", {"views_per_pass": 46}, "45", "46"),
+    ("shard_views", {"shard_views": 8}, "16", "8"),
+    ("block_views", {"block_views": 2}, "4", "2"),
+    ("codec", {"codec": "float16"}, "'compact'", "'float16'"),
+    ("temperature", {"temperature": 2.0}, "1.0", "2.0"),
+]
+
+
+@pytest.mark.parametrize(("field", "change", "theirs", "ours"), CHANGES)
+def test_another_manifest_is_refused_by_name(tmp_path, field, change, theirs, ours):
+    stores.create_store(tmp_path, make_manifest())
+    with pytest.raises(stores.StoreError,
+                       match=f"{field} is {theirs} in the store, {ours} here.*save_logits"):
+        stores.create_store(tmp_path, make_manifest(**change))
+    assert stores.open_store(tmp_path).manifest == make_manifest()
+
+
+def test_every_difference_is_named_at_once(tmp_path):
+    stores.create_store(tmp_path, make_manifest())
+    with pytest.raises(stores.StoreError, match=r"top_k .*data_seed "):
+        stores.create_store(tmp_path, make_manifest(top_k=5, data_seed=1, passes=9))
+
+
+def test_passes_may_grow(store):
+    more = stores.create_store(store.path, dataclasses.replace(store.manifest, passes=3))
+    assert [s.pass_number for s in more.missing()] == [2, 2, 2]
+    assert stores.open_store(store.path).manifest.passes == 3
+    check_range(fill(more), 2, 0, 45)
+    check_range(more, 0, 0, 45)
+
+
+def test_check_names_what_differs(store):
+    store.check({"top_k": 3, "augment": {"name": "small", "flip": 0.5}, "class_names": CLASSES,
+                 "image_set.fingerprint": "cd34", "teacher.mean": (0.5,)})
+    with pytest.raises(stores.StoreError, match=r"top_k is 3 in the store, 10 here; "
+                       r"augment.flip is 0.5 in the store, 0.1 here.*config"):
+        store.check({"top_k": 10, "augment": {"name": "small", "flip": 0.1}, "data_seed": 7})
+    for expected in ({"augment": {"name": "small"}}, {"augment.flop": 1}, {"nothing": 1}):
+        with pytest.raises(stores.StoreError, match="absent"):
+            store.check(expected)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("passes", 0), ("views_per_pass", 0), ("top_k", 0), ("top_k", 21), ("block_views", 3),
+    ("shard_views", 18), ("codec", "zip"), ("temperature", 0.0), ("tail", "none")])
+def test_a_manifest_that_cannot_work_is_refused(tmp_path, field, value):
+    with pytest.raises(stores.StoreError, match=field):
+        stores.create_store(tmp_path / "new", make_manifest(**{field: value}))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (None, "no manifest.json"), ("{", "is not a manifest"), ("[]", "is not a manifest"),
+    ('{"format_version": 1}', "is not a manifest"), ('{"format_version": 2}', "format 2"),
+])
+def test_half_made_stores_are_explained(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(stores.StoreError, match=message):
+        stores.open_store(tmp_path)
+
+
+def test_no_store_is_explained(tmp_path):
+    with pytest.raises(stores.StoreError, match=r"no store at .*save_logits\.py"):
+        stores.open_store(tmp_path / "none")
+
+
+def test_shards_without_a_manifest_are_not_adopted(store):
+    os.remove(store.path / "manifest.json")
+    with pytest.raises(stores.StoreError, match=r"shards without a manifest\.json"):
+        stores.create_store(store.path, store.manifest)
+
+
+def test_bytes_are_counted_from_the_files(store):
+    size = sum(f.stat().st_size for f in store.path.glob("pass-*/*"))
+    assert store.bytes_per_view() == pytest.approx(size / 90)
+    os.remove(shard_file(store, store.shards()[0]))
+    assert store.bytes_per_view() > 0
+    for file in store.path.glob("pass-*/*"):
+        file.unlink()
+    with pytest.raises(stores.StoreError, match="no shard yet"):
+        store.bytes_per_view()
+
+
+@pytest.mark.parametrize(("k", "classes"), [(10, 1000), (3, 10), (10, 10), (100, 21841)])
+@pytest.mark.parametrize("mode", ["compact", "float16"])
+def test_estimate_is_an_upper_bound(tmp_path, k, classes, mode):
+    """Classes drawn evenly and probabilities of any size: more bits than a teacher's."""
+    r = np.random.default_rng(0)
+    views = 2048
+    store = stores.create_store(tmp_path, make_manifest(
+        class_names=tuple(map(str, range(classes))), top_k=k, passes=1, views_per_pass=views,
+        shard_views=2048, block_views=256, codec=mode))
+    index = np.argpartition(r.random((views, classes)), k - 1, axis=1)[:, :k].astype(np.int32)
+    prob = (r.dirichlet(np.full(k, 1.0), views) * 0.9).astype(np.float32)
+    place = np.arange(views)
+    store.write_shard(store.shards()[0], [
+        ((place[s:s + 256], place[s:s + 256]), index[s:s + 256], prob[s:s + 256])
+        for s in range(0, views, 256)])
+    expected = stores.estimate(views, k, classes, shard_views=2048, mode=mode)
+    assert store.bytes_per_view() * views <= expected
+    assert stores.estimate(100 * 16384, k, classes) > 99 * stores.estimate(16384, k, classes)

@@ -1,0 +1,61 @@
+"""Prints the top classes of image files, from a run of ours or a PyTorch file.
+
+python tools/predict.py --weights=runs/quickstart photo.jpg other.png
+python tools/predict.py --weights=tiny_vit_21m.pth --classes=imagenet_names.txt photo.jpg
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tinyvit_jax import log, mix, weights
+from tinyvit_jax.data import augment, ops
+
+
+def predict(trained: weights.Trained, paths: list[str], top: int) -> list[list[tuple[str, float]]]:
+    """The top classes of each file with their probabilities."""
+    @jax.jit
+    def probabilities(variables, image):
+        pixels = mix.normalize(image[None], trained.mean, trained.std)
+        return jax.nn.softmax(trained.model.apply(variables, pixels, train=False))[0]
+
+    found = []
+    for path in paths:
+        image = augment.eval_view(ops.decode(Path(path).read_bytes(), path),
+                                  trained.model.image_size, trained.crop, trained.crop_ratio)
+        prob = np.asarray(probabilities(trained.variables, image))
+        best = np.argsort(-prob, kind="stable")[:top]
+        found.append([(trained.class_names[i], float(prob[i])) for i in best])
+    return found
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="a workdir, a .pth or a .safetensors")
+    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--image_size", type=int, default=0, help="for a PyTorch file (224)")
+    parser.add_argument("--stem_strides", type=int, nargs=2, default=(), help="for a PyTorch file")
+    parser.add_argument("--classes", help="file of class names, one a line, for a PyTorch file")
+    parser.add_argument("images", nargs="+")
+    args = parser.parse_args()
+    log.set_up_logging()
+    try:
+        names = tuple(Path(args.classes).read_text().splitlines()) if args.classes else ()
+        trained = weights.open_trained(args.weights, args.image_size, tuple(args.stem_strides),
+                                       names)
+        for path, classes in zip(args.images, predict(trained, args.images, args.top),
+                                 strict=True):
+            print(path)
+            for name, p in classes:
+                print(f"  {p:6.2%}  {name}")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
