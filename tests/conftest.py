@@ -5,6 +5,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The programs here are tiny and run a few times: compiling them well costs more than it saves.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Many tests compile the same programs, some in processes of their own: compile each once.
 _CACHE = tempfile.TemporaryDirectory(prefix="tinyvit_jax_tests_")

@@ -66,7 +66,7 @@ def test_resume_is_bit_exact_with_other_workers(folder, tmp_path, monkeypatch):
         kill_after(m, 3)
         with pytest.raises(Killed):
             train.fit(c, tmp_path / "b", data)
-    assert not (tmp_path / "b" / "result.json").exists()
+    assert not (tmp_path / "b" / "fit.json").exists()
     c.data.threads = 4
     resumed = train.fit(c, tmp_path / "b", data)
     assert_equal(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
@@ -170,7 +170,8 @@ print(len(jax.devices()), result["loss"])
 def test_one_and_four_devices_agree(folder, tmp_path):
     states = {}
     for devices in (1, 4):
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = (f"{os.environ['XLA_FLAGS']} "
+                 f"--xla_force_host_platform_device_count={devices}")
         done = subprocess.run(
             [sys.executable, "-c", _ON_DEVICES, folder, tmp_path / str(devices)], text=True,
             capture_output=True, env={**os.environ, "XLA_FLAGS": flags,

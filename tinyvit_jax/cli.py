@@ -58,7 +58,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         if os.environ.get("TINYVIT_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # threads that prepare batches or read files would go on, and report in turn
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """A whole run: teacher, store, student, its label-only twin, pictures, table, export.
 
-Every stage is finished by its own file (a result.json, whole shards, an export), so a run that was
+Every stage is finished by its own file (a fit.json, whole shards, result.json), so a run that was
 killed anywhere goes on from there when it is started again.
 """
 
