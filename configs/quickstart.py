@@ -24,7 +24,6 @@ def get_config():
     c.teacher.update({**shape, "embed_dims": (32, 64, 96, 128), "num_heads": (2, 4, 6, 8)})
     c.teacher.epochs = 10
     c.teacher.learning_rate = 3e-3
-    c.teacher.mean, c.teacher.std = c.data.mean, c.data.std
 
     c.objective.name = "stored_logits"
     c.store.passes = 5

@@ -116,7 +116,7 @@ def test_estimate_and_full_disk(folder, tmp_path, monkeypatch):
     assert 0 < needed["bytes"] < needed["free"]
     capture.check_fits(needed, tmp_path)
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda _: type("D", (), {"free": 10}))
-    with pytest.raises(OSError, match=r"needs about .* bytes for .* views, and its disk has 10"):
+    with pytest.raises(OSError, match=r"needs about .* more bytes for .*, and its disk has 10"):
         fill(config, tmp_path)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +191,41 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     meshes.check_rows(64, "train.batch_size")
     with pytest.raises(ValueError, match=r"train\.batch_size: a batch of 100 .* 8 devices.*96"):
         meshes.check_rows(100, "train.batch_size")
+
+
+_ONE_OF_TWO = """
+import sys, tiny, jax
+from pathlib import Path
+from tinyvit_jax import train
+folder, workdir, port, process = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+c = tiny.make_config(folder)
+c.objective.name = "supervised"
+c.train.epochs, c.train.batch_size, c.train.accumulate = 2.0, 16, 2
+c.optim.learning_rate = 1e-3
+result = train.fit(c, Path(workdir), train.open_data(c))
+print(jax.process_count(), len(jax.devices()), result["count"], result["loss"])
+"""
+
+
+def test_two_processes_are_one_run(folder, tmp_path):
+    """Two real processes over loopback give what one process with two devices gives."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    both = [subprocess.Popen(
+        [sys.executable, "-c", _ONE_OF_TWO, folder, tmp_path / "two", str(port), str(i)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for i in range(2)]
+    out = [p.communicate(timeout=300) for p in both]
+    assert [p.returncode for p in both] == [0, 0], out[0][1][-2000:] + out[1][1][-2000:]
+    assert out[0][0].split() == out[1][0].split()
+    assert out[0][0].split()[:3] == ["2", "2", "3"]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    alone = subprocess.run(
+        [sys.executable, "-c", _ON_DEVICES, folder, tmp_path / "one"], text=True,
+        capture_output=True, env={**environment, "XLA_FLAGS": flags})
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    a, b = (final_state(tmp_path / w, step=4) for w in ("one", "two"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)

@@ -55,18 +55,27 @@ def make_teacher(config: ml_collections.ConfigDict, num_classes: int, view_size:
     model = weights.make_model(config, num_classes, view_size)
     host = weights.load_weights(config.weights, model)
     variables = meshes.put_state(host, mesh)
-    size = model.image_size
+    size, (mean, std) = model.image_size, _normalisation(config)
 
     @jax.jit
     def logits(variables: dict, pixels: jax.Array) -> jax.Array:
         if size != view_size:
             shape = (pixels.shape[0], size, size, 3)
             pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic"), 0.0, 255.0)
-        return model.apply(variables, mix.normalize(pixels, config.mean, config.std), train=False)
+        return model.apply(variables, mix.normalize(pixels, mean, std), train=False)
 
     return Teacher(lambda pixels: logits(variables, pixels), {
         "name": config.name, "weights": weights.hash_weights(host), "image_size": size,
-        "mean": list(config.mean), "std": list(config.std)})
+        "mean": list(mean), "std": list(std)})
+
+
+def _normalisation(config: ml_collections.ConfigDict) -> tuple[tuple, tuple]:
+    """The teacher's mean and std: as set, else those its workdir states, else ImageNet's."""
+    if config.mean:
+        return tuple(config.mean), tuple(config.std)
+    if Path(config.weights).is_dir():
+        return weights.load_normalisation(config.weights)
+    return weights.IMAGENET_MEAN, weights.IMAGENET_STD
 
 
 def _user_teacher(name: str, num_classes: int, view_size: int) -> Teacher:
@@ -115,24 +124,26 @@ def estimate(config: ml_collections.ConfigDict, source: images.ImageSource, orde
     """Views, bytes and free disk of a capture, before anything runs.
 
     Returns:
-        {"views", "bytes", "free"}; `free` of the disk that will hold the store.
+        {"views", "bytes", "there", "free"}: of the whole store, on disk already, free on the disk
+        that holds or will hold it.
     """
     views = order.views_per_pass * config.store.passes
+    there = sum(file.stat().st_size for file in path.rglob("*.array_record"))
     place = path.absolute()
     while not place.exists():
         place = place.parent
-    return {"views": views, "free": shutil.disk_usage(place).free,
+    return {"views": views, "there": there, "free": shutil.disk_usage(place).free,
             "bytes": stores.estimate(views, config.store.top_k, len(source.class_names),
                                      shard_views=config.store.shard_views)}
 
 
 def check_fits(needed: dict[str, int], path: Path) -> None:
-    """Raises OSError where the estimate is more than the free disk."""
-    if needed["bytes"] > needed["free"]:
+    """Raises OSError where what is still to be written is more than the free disk."""
+    if needed["bytes"] - needed["there"] > needed["free"]:
         raise OSError(
-            f"The store {path} needs about {needed['bytes']:,} bytes for {needed['views']:,} "
-            f"views, and its disk has {needed['free']:,} free. Free some, point "
-            f"--config.store.path at another disk, or lower --config.store.passes or "
+            f"The store {path} needs about {needed['bytes'] - needed['there']:,} more bytes for "
+            f"{needed['views']:,} views, and its disk has {needed['free']:,} free. Free "
+            f"some, point --config.store.path at another disk, or lower --config.store.passes or "
             f"--config.store.top_k.")
 
 

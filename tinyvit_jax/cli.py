@@ -1,6 +1,7 @@
 """What main and the tools share: the flags that name a run, and errors that people can read."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,11 @@ def read_flags() -> tuple[ml_collections.ConfigDict, Path]:
     configs.check(config)
     stem = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     return config, Path(flags.FLAGS.workdir or Path("runs") / stem)
+
+
+def typed_flags() -> str:
+    """The --config and --workdir flags of this command line, for a message that repeats them."""
+    return shlex.join(a for a in sys.argv[1:] if a.startswith(("--config", "--workdir")))
 
 
 def use_compilation_cache() -> None:

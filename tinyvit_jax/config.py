@@ -73,8 +73,8 @@ def default() -> ml_collections.ConfigDict:
     _add_architecture(t)
     t.name = ""  # a variant of ours, or module:function of a user's own
     t.weights = ""  # a workdir of ours, a .pth, a .safetensors; "" = train it by the recipe below
-    t.mean = (0.485, 0.456, 0.406)
-    t.std = (0.229, 0.224, 0.225)
+    t.mean = ()  # its normalisation; () = that of its workdir, and ImageNet's for a file
+    t.std = ()
     t.batch_size = 256
     t.epochs = 0  # recipe of a teacher trained on the labels first; 0 = none
     t.learning_rate = 2e-3  # peak, unscaled

@@ -26,7 +26,7 @@ def main() -> None:
     from tinyvit_jax import recipe
 
     if _MODE.value == "train":
-        recipe.run(config, workdir)
+        recipe.run(config, workdir, cli.typed_flags())
     else:
         recipe.run_eval(config, workdir)
 

@@ -14,19 +14,28 @@ import numpy as np
 from tinyvit_jax import capture, evaluate, log, mix, plots, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import files, tinyvit
-from tinyvit_jax.data import augment, pipeline
+from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.store import store as stores
 
 logger = logging.getLogger("tinyvit_jax")
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
-    """Runs everything a config asks for and returns the content of WORKDIR/result.json."""
-    data = train.open_data(config)
+def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config=FILE") -> dict:
+    """Runs everything a config asks for.
+
+    Args:
+        config: a checked config.
+        workdir: where the run lives; a run that was stopped there goes on.
+        flags: the command line that gave the config, for messages that say what to run.
+
+    Returns:
+        The content of WORKDIR/result.json.
+    """
+    data = open_prepared_data(config, workdir, flags)
     store: stores.Store | None = None
     result: dict = {}
     if config.objective.name == "stored_logits":
-        store, result = provide_store(config, workdir, data)
+        store, result = provide_store(config, workdir, data, flags)
     student = train.fit(config, workdir, data, store, title="student" if store else "train")
     result |= student
     curves = {"student" if store else "train": log.read_metrics(workdir / "metrics.jsonl")}
@@ -57,7 +66,9 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     shape = config.teacher.to_dict()
     for key in set(shape) & set(c.model):
         c.model[key] = shape[key]
-    c.model.drop_path = 0.0
+    c.model.update({"drop_path": 0.0, "init_from": "", "freeze_norm": False})
+    if config.teacher.mean:
+        c.data.mean, c.data.std = config.teacher.mean, config.teacher.std
     c.train.epochs = float(config.teacher.epochs)
     c.optim.learning_rate = config.teacher.learning_rate
     c.optim.scale_by_batch = False
@@ -78,21 +89,50 @@ def fit_twin(config: ml_collections.ConfigDict, workdir: Path, data: train.Data)
     return train.fit(twin_config(config), workdir, data, title="label-only twin")
 
 
-def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.Data
-                  ) -> tuple[stores.Store, dict]:
+def open_prepared_data(config: ml_collections.ConfigDict, workdir: Path, flags: str) -> train.Data:
+    """Opens the images; where some are missing, the error says all that the run needs, in order."""
+    try:
+        return train.open_data(config)
+    except images.SourceError as error:
+        steps = [str(error)]
+        try:
+            train.open_eval_source(config)
+        except images.SourceError as other:
+            steps += [str(other)] if str(other) != steps[0] else []
+        path = store_path(config, workdir)
+        if config.objective.name == "stored_logits" and not config.store.capture and not (
+                path / "manifest.json").exists():
+            steps.append(f"The run also learns from a store of teacher logits, which {path} is not "
+                         f"yet. Capture it with  {capture_command(config, flags)}")
+        if len(steps) > 1:
+            steps = [f"({i}) {step}" for i, step in enumerate(steps, 1)]
+        raise images.SourceError(" ".join(steps)) from error
+
+
+def store_path(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    """Where the run's store is."""
+    return Path(config.store.path or workdir / "store")
+
+
+def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.Data,
+                  flags: str = "--config=FILE") -> tuple[stores.Store, dict]:
     """Opens the run's store; captures what it lacks where the config says so.
 
     Raises:
         StoreError: passes are missing and store.capture is off; it names the command.
     """
-    path = Path(config.store.path or workdir / "store")
+    path = store_path(config, workdir)
     if not config.store.capture:
+        if not path.exists():
+            raise stores.StoreError(f"There is no store of teacher logits in {path}. Capture it "
+                                    f"with  {capture_command(config, flags)}")
         store = stores.open_store(path)
         missing = store.missing()
         if missing or store.manifest.passes < config.store.passes:
             raise stores.StoreError(
-                f"The store {path} lacks {len(missing)} shards of the {config.store.passes} passes "
-                f"that --config.store.passes asks for. Capture them with: {capture_command(path)}")
+                f"The store {path} holds {store.manifest.passes} passes and lacks {len(missing)} "
+                f"of their shards; --config.store.passes asks for {config.store.passes}. Capture "
+                f"what is missing with  {capture_command(config, flags)}")
         return store, {}
     mesh = meshes.make_mesh()
     result: dict = {}
@@ -120,7 +160,7 @@ def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
         The problems found, and {"views", "kl", "top1"} of the comparison (empty where the store
         could not be read).
     """
-    store = stores.open_store(Path(config.store.path or workdir / "store"))
+    store = stores.open_store(store_path(config, workdir))
     data = train.open_data(config, evaluated=False)
     views = make_views(config, data)
     train.check_store(store, config, data, views.spec)
@@ -141,10 +181,11 @@ def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
     return problems, found
 
 
-def capture_command(path: Path) -> str:
-    """The command line that captures a store."""
-    return (f"python tools/save_logits.py --config=CONFIG --config.store.path={path} "
-            f"--config.teacher.name=NAME --config.teacher.weights=FILE")
+def capture_command(config: ml_collections.ConfigDict, flags: str) -> str:
+    """The command line that captures a run's store."""
+    teacher = "" if config.teacher.weights or ":" in config.teacher.name else (
+        " --config.teacher.name=VARIANT_OR_MODULE:FUNCTION --config.teacher.weights=FILE")
+    return f"python tools/save_logits.py {flags}{teacher}"
 
 
 def run_eval(config: ml_collections.ConfigDict, workdir: Path) -> dict:
@@ -177,7 +218,8 @@ def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, 
     if jax.process_count() > 1:
         raise stores.StoreError(
             f"The store {path} is not complete, and capture runs in one process. Start "
-            f"{capture_command(path)} on its own before the processes that train.")
+            f"tools/save_logits.py with the same --config and --workdir on its own, before the "
+            f"processes that train.")
     views = make_views(config, data)
     needed = capture.estimate(config, data.train, data.order, path)
     teacher = capture.make_teacher(config.teacher, len(data.train.class_names),

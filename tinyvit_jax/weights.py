@@ -1,7 +1,6 @@
 """Models and their weights: made from a config, read from a run or a PyTorch file, hashed."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +12,8 @@ import numpy as np
 from tinyvit_jax import checkpoint, log, models
 from tinyvit_jax.convert import files, shape, tinyvit
 from tinyvit_jax.convert.files import WeightsError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Trained(NamedTuple):
@@ -138,17 +139,28 @@ def save_trained(trained: Trained, workdir: str | Path) -> None:
     log.write_json(workdir / "model.json", describe(trained))
 
 
+def _read_card(workdir: str | Path) -> dict:
+    """The content of a workdir's model.json."""
+    card = log.read_json(Path(workdir) / "model.json")
+    if card is None:
+        raise WeightsError(f"{workdir} is not the workdir of a run: model.json is missing. Give "
+                           f"the --workdir that was trained.")
+    return card
+
+
+def load_normalisation(workdir: str | Path) -> tuple[tuple, tuple]:
+    """The mean and std that a run's weights were trained with."""
+    card = _read_card(workdir)
+    return tuple(card["mean"]), tuple(card["std"])
+
+
 def load_run(workdir: str | Path) -> Trained:
     """The model, weights and preprocessing of a run.
 
     Raises:
         WeightsError: where the folder holds no model.json or no checkpoint.
     """
-    path = Path(workdir) / "model.json"
-    if not path.exists():
-        raise WeightsError(f"{workdir} is not the workdir of a run: {path.name} is missing. Give "
-                           f"the --workdir that was trained.")
-    card = json.loads(path.read_text())
+    card = _read_card(workdir)
     own = card["model"]
     model = models.create_model(
         own["name"], own["num_classes"], own["image_size"],
@@ -190,5 +202,5 @@ def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int,
         depths=own.depths, num_heads=own.num_heads, window_sizes=own.window_sizes,
         stem_strides=stem_strides)
     names = class_names or tuple(f"class {i}" for i in range(own.num_classes))
-    return Trained(model, tinyvit.from_torch(state, model), names, (0.485, 0.456, 0.406),
-                   (0.229, 0.224, 0.225), "center", 224 / 256)
+    return Trained(model, tinyvit.from_torch(state, model), names, IMAGENET_MEAN, IMAGENET_STD,
+                   "center", 224 / 256)

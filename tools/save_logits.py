@@ -8,8 +8,6 @@ It resumes at the first missing shard. A teacher of one's own is a function that
 --config.teacher.name=module:function.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from tinyvit_jax import cli
@@ -26,16 +24,15 @@ def main() -> None:
     from tinyvit_jax import capture, recipe, train
 
     data = train.open_data(config, evaluated=False)
-    path = Path(config.store.path or workdir / "store")
+    path = recipe.store_path(config, workdir)
     needed = capture.estimate(config, data.train, data.order, path)
     print(f"{path}: {needed['views']:,} views ({config.store.passes} passes over "
           f"{len(data.train):,} images), about {needed['bytes']:,} bytes; {needed['free']:,} bytes "
           f"free on its disk", flush=True)
     capture.check_fits(needed, path)
     if not _ESTIMATE.value:
-        config.unlock()
         config.store.capture = True
-        store, result = recipe.provide_store(config, workdir, data)
+        store, result = recipe.provide_store(config, workdir, data, cli.typed_flags())
         print(f"{path}: complete, {store.bytes_per_view():.1f} bytes a view, captured in "
               f"{result['capture_seconds']:.0f} s")
 
