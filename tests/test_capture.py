@@ -46,7 +46,6 @@ def test_stored_targets_are_the_teachers(folder, tmp_path):
     config = make_config(folder)
     store, data = fill(config, tmp_path)
     assert store.missing() == []
-    assert (tmp_path / "views.png").stat().st_size > 1000
     views = recipe.make_views(config, data)
     stored = pipeline.Views(data.train, views.spec, data.order, store)
     total = data.order.views_per_pass * store.manifest.passes
@@ -129,11 +128,16 @@ def test_the_teacher_may_have_its_own_size(folder, tmp_path):
     weights.save_trained(weights.Trained(model, variables, tiny.CLASSES, (0,) * 3, (1,) * 3,
                                          "center", 1.0), tmp_path / "run")
     c.teacher.weights = str(tmp_path / "run")
-    teacher = capture.make_teacher(c.teacher, 3, 16, meshes.make_mesh())
+    teacher = capture.make_teacher(c.teacher, tiny.CLASSES[::-1], 16, meshes.make_mesh())
     assert teacher.description["image_size"] == 24
     assert len(teacher.description["weights"]) == 64
-    pixels = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3)) * 255
-    assert teacher.logits(pixels).shape == (2, 3)
+    assert teacher.description["mean"] == [0, 0, 0]
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
+    larger = np.clip(jax.image.resize(pixels, (2, 24, 24, 3), "cubic"), 0, 255) / 255
+    expected = jax.jit(model.apply)(variables, larger)[:, ::-1]  # classes by name, here reversed
+    np.testing.assert_allclose(teacher.logits(pixels), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="1 of the 3 evaluation classes"):
+        capture.make_teacher(c.teacher, ("blobs", "checks", "x"), 16, meshes.make_mesh())
 
 
 def test_checking_a_store(folder, tmp_path):

@@ -19,10 +19,11 @@ def test_keeps_the_last_and_the_best(tmp_path):
         for step, top1 in ((1, 10.0), (2, 90.0), (3, 50.0), (4, None), (5, 60.0)):
             c.save(step, make_state(step), top1)
     assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.is_dir()) == ["2", "4", "5"]
-    variables, step = checkpoint.load_variables(tmp_path / "c")
+    assert checkpoint.load_variables(tmp_path / "c")[1] == 5
+    variables, step = checkpoint.load_variables(tmp_path / "c", "best")
     assert step == 2
     np.testing.assert_array_equal(variables["params"]["a"], np.full((2, 3), 1.0))  # the average
-    variables, _ = checkpoint.load_variables(tmp_path / "c", step=5)
+    variables, _ = checkpoint.load_variables(tmp_path / "c", 5)
     np.testing.assert_array_equal(variables["params"]["a"], np.full((2, 3), 2.5))
 
 

@@ -75,7 +75,7 @@ def test_updates_follow_torch_adamw(clip):
              "bias": g.normal(size=3).astype(np.float32)}
     c = section(learning_rate=0.01, weight_decay=0.1, clip_norm=clip)
     tree = {"head": jax.tree.map(jnp.asarray, start)}
-    tx = optim.make_optimizer(c, lambda step: 0.01, tree, (1,))
+    tx = optim.make_optimizer(c, tree, (1,))
     state = tx.init(tree)
     own = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
     adam = torch.optim.AdamW([{"params": [own["kernel"]], "weight_decay": 0.1},
@@ -83,7 +83,7 @@ def test_updates_follow_torch_adamw(clip):
     for _ in range(10):
         grads = {k: g.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
         updates, state = tx.update({"head": grads}, state, tree)
-        tree = optax.apply_updates(tree, updates)
+        tree = optax.apply_updates(tree, jax.tree.map(lambda u: -0.01 * u, updates))
         for k, p in own.items():
             p.grad = torch.tensor(grads[k])
         if clip:

@@ -60,23 +60,38 @@ def test_a_stage_without_blocks_is_named(trained):
 
 def test_another_model_is_refused_with_every_array(trained, tmp_path):
     weights.save_trained(trained, tmp_path / "run")
-    with pytest.raises(weights.WeightsError, match=r"of another model, .*params/layers_2"):
+    with pytest.raises(weights.WeightsError, match=r"run are of another model: .*layers\.2\."):
         weights.load_weights(tmp_path / "run", make_model(embed_dims=(8, 8, 32, 24)))
 
 
-def test_a_new_head_starts_at_zero(trained, tmp_path, caplog):
+def test_a_run_serves_other_windows(trained, tmp_path):
     weights.save_trained(trained, tmp_path / "run")
-    other = make_model(classes=5)
-    with pytest.raises(weights.WeightsError, match=r"head/bias: found \(3,\), expected \(5,\)"):
-        weights.load_weights(tmp_path / "run", other)
+    found = weights.load_weights(tmp_path / "run", make_model(window_sizes=(4, 6, 5, 3)))
+    tables = [found["params"][f"layers_{s}"]["blocks_0"]["attn"]["attention_biases"].shape
+              for s in (1, 2, 3)]
+    assert tables == [(1, 36), (2, 25), (3, 9)]
+
+
+def test_a_new_head_goes_by_class_names(trained, tmp_path, caplog):
+    weights.save_trained(trained, tmp_path / "run")
+    with pytest.raises(weights.WeightsError, match=r"head\.bias is \(3,\), expected \(5,\)"):
+        weights.load_weights(tmp_path / "run", make_model(classes=5))
+    names = ("stripes", "new", "blobs", "other", "checks")
     with caplog.at_level("INFO", logger="tinyvit_jax"):
-        found = weights.load_weights(tmp_path / "run", other, head="new")
+        found = weights.load_weights(tmp_path / "run", make_model(classes=5), "new", names)
+    own, old = found["params"]["head"]["kernel"], trained.variables["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(own[:, [2, 4, 0]], old)
+    np.testing.assert_allclose(own[:, 1], old.mean(-1), rtol=1e-6)
+    np.testing.assert_array_equal(own[:, 1], own[:, 3])
+    assert "3 of 5 classes by name" in caplog.text
+
+
+def test_a_head_without_a_shared_name_starts_at_zero(trained, tmp_path):
+    weights.save_trained(trained, tmp_path / "run")
+    found = weights.load_weights(tmp_path / "run", make_model(), "new", ("a", "b", "c"))
     assert not found["params"]["head"]["kernel"].any()
-    assert found["params"]["head"]["bias"].shape == (5,)
     np.testing.assert_array_equal(found["params"]["norm_head"]["scale"],
                                   trained.variables["params"]["norm_head"]["scale"])
-    same = weights.load_weights(tmp_path / "run", make_model(), head="new")
-    assert same["params"]["head"]["kernel"].any()
 
 
 def test_the_hash_is_of_the_numbers(trained):

@@ -1,5 +1,6 @@
 """The teacher pass: seeded views through a teacher, its top K probabilities into the store."""
 
+import hashlib
 import importlib
 import shutil
 import time
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyvit_jax import log, mix, weights
+from tinyvit_jax import evaluate, log, mix, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import Order
@@ -31,14 +32,15 @@ class Teacher(NamedTuple):
     description: dict  # as the manifest holds it: name, weights hash, image_size, mean, std
 
 
-def make_teacher(config: ml_collections.ConfigDict, num_classes: int, view_size: int,
+def make_teacher(config: ml_collections.ConfigDict, class_names: tuple[str, ...], view_size: int,
                  mesh: Mesh) -> Teacher:
     """The teacher of a run.
 
     Args:
-        config: the `teacher` section: a variant of ours with `weights`, or a `module:function` that
-            takes uint8 [B, S, S, 3] RGB and gives logits [B, C] as anything numpy can read.
-        num_classes: C.
+        config: the `teacher` section: weights of ours, which bring their own shape, image size,
+            normalisation and class names; or a `module:function` that takes uint8 [B, S, S, 3] RGB
+            and gives logits [B, C] as anything numpy can read.
+        class_names: of the student, in order; the teacher's are put into that order by name.
         view_size: S of the views.
         mesh: over which batches are cut.
 
@@ -46,36 +48,41 @@ def make_teacher(config: ml_collections.ConfigDict, num_classes: int, view_size:
         TeacherError, or the errors of loading weights.
     """
     if ":" in config.name:
-        return _user_teacher(config.name, num_classes, view_size)
+        return _user_teacher(config.name, len(class_names), view_size)
     if not config.weights:
         raise TeacherError(
             f"The teacher {config.name or '(none named)'} has no weights. Set "
-            f"--config.teacher.name and --config.teacher.weights=FILE, or name a function by "
+            f"--config.teacher.weights=WORKDIR_OR_FILE, or name a function by "
             f"--config.teacher.name=module:function.")
-    model = weights.make_model(config, num_classes, view_size)
-    host = weights.load_weights(config.weights, model)
-    variables = meshes.put_state(host, mesh)
-    size, (mean, std) = model.image_size, _normalisation(config)
+    trained = weights.open_trained(config.weights, config.image_size, tuple(config.stem_strides))
+    class_map = _match_classes(config.weights, trained, class_names)
+    mean, std = (config.mean, config.std) if config.mean else (trained.mean, trained.std)
+    variables, size = meshes.put_state(trained.variables, mesh), trained.model.image_size
 
     @jax.jit
     def logits(variables: dict, pixels: jax.Array) -> jax.Array:
         if size != view_size:
             shape = (pixels.shape[0], size, size, 3)
             pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic"), 0.0, 255.0)
-        return model.apply(variables, mix.normalize(pixels, mean, std), train=False)
+        out = trained.model.apply(variables, mix.normalize(pixels, mean, std), train=False)
+        return out if class_map is None else out[:, class_map]
 
     return Teacher(lambda pixels: logits(variables, pixels), {
-        "name": config.name, "weights": weights.hash_weights(host), "image_size": size,
+        "name": config.name or Path(config.weights).name,
+        "weights": weights.hash_weights(trained.variables), "image_size": size,
         "mean": list(mean), "std": list(std)})
 
 
-def _normalisation(config: ml_collections.ConfigDict) -> tuple[tuple, tuple]:
-    """The teacher's mean and std: as set, else those its workdir states, else ImageNet's."""
-    if config.mean:
-        return tuple(config.mean), tuple(config.std)
-    if Path(config.weights).is_dir():
-        return weights.load_normalisation(config.weights)
-    return weights.IMAGENET_MEAN, weights.IMAGENET_STD
+def _match_classes(path: str, trained: weights.Trained, class_names: tuple[str, ...]
+                   ) -> np.ndarray | None:
+    """Which of the teacher's classes each of the student's is; a file has no names to go by."""
+    if Path(path).is_dir():
+        return evaluate.make_class_map(trained.class_names, class_names)
+    if trained.model.num_classes != len(class_names):
+        raise TeacherError(f"The teacher {path} has {trained.model.num_classes} classes, and the "
+                           f"images have {len(class_names)}. Convert it with its class names "
+                           f"(tools/convert_checkpoint.py --classes) and name the folder instead.")
+    return None
 
 
 def _user_teacher(name: str, num_classes: int, view_size: int) -> Teacher:
@@ -100,7 +107,7 @@ def _user_teacher(name: str, num_classes: int, view_size: int) -> Teacher:
     # The function's file stands for the weights: the best there is without knowing them.
     file = getattr(importlib.import_module(module_name), "__file__", None)
     source = Path(file).read_bytes() if file else name.encode()
-    return Teacher(logits, {"name": name, "weights": weights.hashlib.sha256(source).hexdigest(),
+    return Teacher(logits, {"name": name, "weights": hashlib.sha256(source).hexdigest(),
                             "image_size": view_size, "mean": [], "std": []})
 
 

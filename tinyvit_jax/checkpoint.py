@@ -78,12 +78,12 @@ class Checkpoints:
         self.close()
 
 
-def load_variables(folder: Path, step: int | None = None) -> tuple[dict, int]:
+def load_variables(folder: Path, which: int | str = "last") -> tuple[dict, int]:
     """The weights of a checkpoint as numpy arrays: the averaged ones where the run kept them.
 
     Args:
         folder: a run's `checkpoints` folder.
-        step: which; None = the best by top-1, or the newest where none was evaluated.
+        which: a step, "last", or "best" by top-1 on the run's own evaluation images.
 
     Returns:
         ({"params", "batch_stats"}, step).
@@ -94,14 +94,7 @@ def load_variables(folder: Path, step: int | None = None) -> tuple[dict, int]:
         raise CheckpointError(f"{folder} does not exist: no checkpoint was written there. Train "
                               f"first, or point at the workdir of a run that has trained.")
     with ocp.training.Checkpointer(Path(folder).absolute()) as checkpointer:
-        found = checkpointer.checkpoints
-        if not found:
-            raise CheckpointError(f"{folder} holds no whole checkpoint. Train longer, or start the "
-                                  f"run again: it begins where it stopped.")
-        if step is None:
-            rated = [c for c in found if c.metrics and "top1" in c.metrics]
-            step = max(rated, key=lambda c: (c.metrics["top1"], c.step)).step if rated else (
-                found[-1].step)
+        step = _choose(checkpointer.checkpoints, which, folder)
         try:
             saved = checkpointer.metadata(step).metadata
             if saved is None:
@@ -113,6 +106,19 @@ def load_variables(folder: Path, step: int | None = None) -> tuple[dict, int]:
                                   f"Delete it to use the one before it.") from error
     to_host = {"params": state[params], "batch_stats": state["batch_stats"]}
     return jax.device_get(to_host), step
+
+
+def _choose(found, which: int | str, folder: Path) -> int:
+    """The step that `which` means."""
+    if not found:
+        raise CheckpointError(f"{folder} holds no whole checkpoint. Train longer, or start the "
+                              f"run again: it begins where it stopped.")
+    if isinstance(which, int):
+        return which
+    rated = [c for c in found if c.metrics and "top1" in c.metrics]
+    if which == "best" and rated:
+        return max(rated, key=lambda c: (c.metrics["top1"], c.step)).step
+    return found[-1].step
 
 
 def _only(saved: dict, names: tuple[str, ...]) -> dict:

@@ -34,7 +34,11 @@ def read_flags() -> tuple[ml_collections.ConfigDict, Path]:
 
 def typed_flags() -> str:
     """The --config and --workdir flags of this command line, for a message that repeats them."""
-    return shlex.join(a for a in sys.argv[1:] if a.startswith(("--config", "--workdir")))
+    words, own = sys.argv[1:], []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith(("--config", "--workdir")):
+            own += [word] if "=" in word else [word, following]
+    return shlex.join(own)
 
 
 def use_compilation_cache() -> None:

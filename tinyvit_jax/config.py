@@ -104,6 +104,7 @@ def default() -> ml_collections.ConfigDict:
     e.batch_size = 256
     e.crop = "center"  # center: short side to size / crop_ratio, then crop | square: resize
     e.crop_ratio = 224 / 256
+    e.checkpoint = "last"  # what --mode=eval measures: last, which every other use takes, or best
 
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every_epochs = 1.0
@@ -143,12 +144,26 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("objective.name", c.objective.name, OBJECTIVES)
     one_of("augment.name", c.augment.name, AUGMENTS)
     one_of("eval.crop", c.eval.crop, EVAL_CROPS)
+    one_of("eval.checkpoint", c.eval.checkpoint, ("last", "best"))
     one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
     for section, key in (("train", "batch_size"), ("train", "accumulate"), ("eval", "batch_size"),
                          ("store", "passes"), ("store", "top_k"), ("store", "block_views"),
                          ("teacher", "batch_size"), ("checkpoint", "keep_last")):
         need(c[section][key] >= 1, f"{section}.{key}", c[section][key], "a whole number >= 1")
     need(c.log_every >= 1, "log_every", c.log_every, "a whole number >= 1")
+    for section, key, low in (("data", "prefetch", 1), ("data", "workers", 0),
+                              ("data", "threads", 0), ("augment", "pad", 0),
+                              ("augment", "color_jitter", 0), ("teacher", "epochs", 0)):
+        need(c[section][key] >= low, f"{section}.{key}", c[section][key], f"{low} or more")
+    for section, key, length in (("data", "mean", 3), ("data", "std", 3), ("augment", "scale", 2),
+                                 ("augment", "ratio", 2), ("optim", "betas", 2)):
+        need(len(c[section][key]) == length, f"{section}.{key}", c[section][key],
+             f"{length} numbers")
+    for section in ("data", "teacher"):
+        std = c[section].std
+        need(min(std, default=1) > 0, f"{section}.std", std, "numbers above 0")
+    need(len(c.teacher.mean) == len(c.teacher.std) in (0, 3), "teacher.mean", c.teacher.mean,
+         "3 numbers, and 3 in teacher.std; or () for both")
     for section in ("train", "eval", "checkpoint"):
         key = "epochs" if section == "train" else "every_epochs"
         need(c[section][key] > 0, f"{section}.{key}", c[section][key], "a number above 0")
@@ -162,8 +177,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         need(0 <= c.augment[key] <= 4, f"augment.{key}", c.augment[key], "an alpha from 0 to 4")
     for key in ("flip", "erase", "mix_prob", "mix_switch"):
         need(0 <= c.augment[key] <= 1, f"augment.{key}", c.augment[key], "a probability")
-    need(0 <= c.objective.smoothing < 1, "objective.smoothing", c.objective.smoothing,
-         "a number in [0, 1)")
+    for section in ("objective", "teacher"):
+        need(0 <= c[section].smoothing < 1, f"{section}.smoothing", c[section].smoothing,
+             "a number in [0, 1)")
     need(0 <= c.model.drop_path < 1, "model.drop_path", c.model.drop_path, "a rate in [0, 1)")
     need(0 < c.eval.crop_ratio <= 1, "eval.crop_ratio", c.eval.crop_ratio, "a ratio in (0, 1]")
     p = c.optim

@@ -45,11 +45,18 @@ def put_state(tree, mesh: Mesh):
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
-def check_rows(rows: int, key: str) -> None:
-    """Raises ValueError where a batch cannot be cut evenly over the devices."""
-    count = jax.device_count()
-    if rows % count:
+def check_rows(rows: int, key: str, units: int = 1) -> None:
+    """Raises ValueError where a batch cannot be cut evenly over the devices.
+
+    Args:
+        rows: views in the batch.
+        key: the config key that holds it.
+        units: what the rows of one device must be a multiple of (pairs, micro-batches).
+    """
+    least = jax.device_count() * units
+    if rows % least:
         raise ValueError(
-            f"--config.{key}: a batch of {rows} views cannot be cut evenly over {count} devices. "
-            f"Set it to a multiple of {count}, for instance {max(1, rows // count) * count}."
-        )
+            f"--config.{key}: a batch of {rows} views cannot be cut evenly over "
+            f"{jax.device_count()} devices"
+            f"{f', in multiples of {units} on each' if units > 1 else ''}. Set it to a multiple "
+            f"of {least}, for instance {max(1, rows // least) * least}.")

@@ -66,18 +66,20 @@ def layer_scales(params: dict, decay: float, depths: Sequence[int]) -> dict:
         lambda path, _: decay ** (total - 1 - block([p.key for p in path])), params)
 
 
-def make_optimizer(config: ml_collections.ConfigDict, schedule: Callable, params: dict,
-                   depths: Sequence[int]) -> optax.GradientTransformation:
-    """Clip by the global norm, Adam, decoupled weight decay, layer decay, schedule.
+def make_optimizer(config: ml_collections.ConfigDict, params: dict, depths: Sequence[int]
+                   ) -> optax.GradientTransformation:
+    """Clip by the global norm, Adam, decoupled weight decay, layer decay.
+
+    The learning rate is not part of it: it is a function of the run's step, which goes on where an
+    update is skipped and optax's own count does not.
 
     Args:
         config: the `optim` section.
-        schedule: from `make_schedule`.
         params: the model's parameters (their names and shapes only).
         depths: blocks of each stage.
 
     Returns:
-        An optax transformation; its update is to be added to the parameters.
+        An optax transformation; its update times the negative learning rate is to be added.
     """
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts += [
@@ -88,5 +90,4 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: Callable, params
         scales = layer_scales(params, config.layer_decay, depths)
         parts.append(optax.stateless(
             lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales)))
-    parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts)

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from tinyvit_jax import capture, evaluate, log, mix, plots, train, weights
+from tinyvit_jax import config as configs
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import files, tinyvit
 from tinyvit_jax.data import augment, images, pipeline
@@ -31,11 +32,19 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
     Returns:
         The content of WORKDIR/result.json.
     """
+    if config.export_torch:
+        files.check_writable(workdir / config.export_torch)  # now, not after hours of training
     data = open_prepared_data(config, workdir, flags)
     store: stores.Store | None = None
     result: dict = {}
     if config.objective.name == "stored_logits":
         store, result = provide_store(config, workdir, data, flags)
+        if config.train.epochs > config.store.passes:
+            logger.info("%g epochs over %d stored passes: every stored view is shown %.1f times",
+                        config.train.epochs, config.store.passes,
+                        config.train.epochs / config.store.passes)
+        if jax.process_index() == 0:
+            draw_views(make_views(config, data), store, workdir / "views.png")
     student = train.fit(config, workdir, data, store, title="student" if store else "train")
     result |= student
     curves = {"student" if store else "train": log.read_metrics(workdir / "metrics.jsonl")}
@@ -50,10 +59,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
         result["label_only_top5"] = twin["top5"]
     result["seconds"] = sum(result.get(k, 0.0) for k in (
         "teacher_seconds", "capture_seconds", "seconds", "label_only_seconds"))
+    if config.export_torch:
+        result["export"] = export(workdir, workdir / config.export_torch)
     if jax.process_index() == 0:
         plots.plot_curves(curves, workdir / "curves.png")
-        if config.export_torch:
-            result["export"] = export(workdir, workdir / config.export_torch)
         log.write_json(workdir / "result.json", result)
         print(format_table(result), flush=True)
     return result
@@ -72,15 +81,21 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     c.train.epochs = float(config.teacher.epochs)
     c.optim.learning_rate = config.teacher.learning_rate
     c.optim.scale_by_batch = False
-    c.label_only_twin, c.export_torch = False, ""
-    return c
+    return _without_store(c)
 
 
 def twin_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of the student's twin: labels instead of the store, all else the same."""
     c = ml_collections.ConfigDict(config.to_dict())
     c.objective.name = "supervised"
-    c.label_only_twin, c.export_torch = False, ""
+    return _without_store(c)
+
+
+def _without_store(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Resets what a supervised part of a run does not read, so that a change of it is no matter."""
+    plain = configs.default()
+    c.store, c.teacher = plain.store, plain.teacher
+    c.label_only_twin, c.export_torch = plain.label_only_twin, plain.export_torch
     return c
 
 
@@ -122,7 +137,7 @@ def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.
         StoreError: passes are missing and store.capture is off; it names the command.
     """
     path = store_path(config, workdir)
-    if not config.store.capture:
+    if not config.store.capture or jax.process_count() > 1:  # one process captures, before
         if not path.exists():
             raise stores.StoreError(f"There is no store of teacher logits in {path}. Capture it "
                                     f"with  {capture_command(config, flags)}")
@@ -136,7 +151,7 @@ def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.
         return store, {}
     mesh = meshes.make_mesh()
     result: dict = {}
-    if not config.teacher.weights and config.teacher.epochs:
+    if teaches_itself(config):
         taught = train.fit(teacher_config(config), workdir / "teacher", data, title="teacher")
         result = {"teacher_top1": taught["top1"], "teacher_top5": taught["top5"],
                   "teacher_seconds": taught["seconds"], "teacher_parameters": taught["parameters"]}
@@ -144,10 +159,16 @@ def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.
     return store, {**result, "capture_seconds": seconds}
 
 
+def teaches_itself(config: ml_collections.ConfigDict) -> bool:
+    """Whether the run trains its own teacher first."""
+    t = config.teacher
+    return bool(t.epochs) and not t.weights and ":" not in t.name
+
+
 def with_teacher(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
     """The config with teacher.weights set to the teacher that the run itself trained, if any."""
     c = ml_collections.ConfigDict(config.to_dict())
-    if not c.teacher.weights and c.teacher.epochs:
+    if teaches_itself(c):
         c.teacher.weights = str(workdir / "teacher")
     return c
 
@@ -170,8 +191,8 @@ def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
         return problems, {}
     mesh = meshes.make_mesh()
     c = with_teacher(config, workdir)
-    teacher = capture.make_teacher(c.teacher, len(data.train.class_names), views.spec.image_size,
-                                   mesh)
+    teacher = capture.make_teacher(c.teacher, tuple(data.train.class_names),
+                                   views.spec.image_size, mesh)
     store.check({"teacher.weights": teacher.description["weights"]})
     stored = pipeline.Views(data.train, views.spec, data.order, store)
     found = capture.compare(c, teacher, stored, count, mesh)
@@ -190,7 +211,7 @@ def capture_command(config: ml_collections.ConfigDict, flags: str) -> str:
 
 def run_eval(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     """Measures a run's best weights on the config's evaluation images; writes eval.json."""
-    trained = weights.load_run(workdir)
+    trained = weights.load_run(workdir, config.eval.checkpoint)
     source = train.open_eval_source(config)
     class_map = evaluate.make_class_map(trained.class_names, source.class_names)
     mesh = meshes.make_mesh()
@@ -215,14 +236,11 @@ def make_views(config: ml_collections.ConfigDict, data: train.Data) -> pipeline.
 def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, mesh
                ) -> tuple[stores.Store, float]:
     """Captures every missing shard; returns the store and the seconds it took, over all starts."""
-    if jax.process_count() > 1:
-        raise stores.StoreError(
-            f"The store {path} is not complete, and capture runs in one process. Start "
-            f"tools/save_logits.py with the same --config and --workdir on its own, before the "
-            f"processes that train.")
     views = make_views(config, data)
+    meshes.check_rows(config.teacher.batch_size, "teacher.batch_size",
+                      2 if views.order.paired else 1)
     needed = capture.estimate(config, data.train, data.order, path)
-    teacher = capture.make_teacher(config.teacher, len(data.train.class_names),
+    teacher = capture.make_teacher(config.teacher, tuple(data.train.class_names),
                                    views.spec.image_size, mesh)
     manifest = capture.make_manifest(config, teacher.description, data.train, views.spec,
                                      data.order)
@@ -237,7 +255,6 @@ def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, 
         seconds = capture.capture(config, teacher, views, store, mesh)
         before = {"seconds": before["seconds"] + seconds}
         log.write_json(clock, before)
-    draw_views(views, store, path.parent / "views.png")
     return store, before["seconds"]
 
 
@@ -255,8 +272,9 @@ def draw_views(views: pipeline.Views, store: stores.Store, path: Path, count: in
 
 def export(workdir: Path, path: Path) -> str:
     """Writes a run's weights in Microsoft's key layout; returns the file's name."""
-    run = weights.load_run(workdir)
-    files.write_state(str(path), tinyvit.to_torch(run.variables, layout="microsoft"))
+    trained = weights.load_run(workdir)  # in every process: they read a checkpoint together
+    if jax.process_index() == 0:
+        files.write_state(str(path), tinyvit.to_torch(trained.variables, layout="microsoft"))
     return path.name
 
 

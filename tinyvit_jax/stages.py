@@ -38,8 +38,7 @@ def make_config(stage: str, variant: str, drop_path: dict[str, float], init_from
     c.optim.update(values)
     c.model.name, c.model.drop_path, c.model.init_from = variant, drop_path[stage], init_from
     c.model.dtype = "bfloat16"
-    c.data.source, c.data.train_split, c.data.eval_split = (
-        "tfds:imagenet2012", "train", "validation")
+    c.data.source = "tfds:imagenet2012"
     if stage == "22k_distill":
         # Teacher and student see the same views: RandAugment and erasing, no mixing.
         c.data.source, c.data.eval_source = "pack:data/imagenet22k", "tfds:imagenet2012"

@@ -88,7 +88,8 @@ def count_steps(config: ml_collections.ConfigDict, num_images: int) -> tuple[int
     return max(1, round(config.train.epochs * per_epoch)), per_epoch
 
 
-def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable) -> State:
+def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable,
+               class_names: tuple[str, ...] = ()) -> State:
     """The state before the first update, from `model.init_from` or from the seed."""
     def state(variables: dict) -> State:
         params = variables["params"]
@@ -97,7 +98,8 @@ def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable) -> S
                      params if config.optim.ema else {}, zero)
 
     if config.model.init_from:
-        return jax.jit(state)(weights.load_weights(config.model.init_from, model, head="new"))
+        return jax.jit(state)(weights.load_weights(config.model.init_from, model, "new",
+                                                   class_names))
     image = jnp.zeros((1, model.image_size, model.image_size, 3))
     # It runs once: on a CPU, optimising it costs four times what it takes without.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -114,7 +116,7 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         config: of the run.
         model: the student.
         tx: from `optim.make_optimizer`.
-        schedule: for the learning rate shown in the metrics.
+        schedule: step -> learning rate.
         mesh: over which batches are cut.
     """
     objective = objectives.make_objective(config.objective)
@@ -155,6 +157,8 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         grads, batch_stats, metrics = summed_gradient(state, batch, key)
         grad_norm = optax.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        rate = schedule(state.step)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if (
             decay) else {}
@@ -164,7 +168,7 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         kept = jax.tree.map(lambda new, before: jnp.where(good, new, before),
                             (params, batch_stats, opt_state, ema), old)
         skipped = jnp.where(good, 0, state.skipped + 1).astype(jnp.int32)
-        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": grad_norm,
+        metrics |= {"learning_rate": rate, "gradient_norm": grad_norm,
                     "parameter_norm": optax.global_norm(state.params),
                     "update_norm": optax.global_norm(updates), "skipped": skipped}
         kept_params, kept_stats, kept_opt, kept_ema = kept
@@ -215,25 +219,27 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
     Returns:
         The content of fit.json: top1, top5, loss, steps, seconds, parameters.
     """
-    record_config(config, workdir)
     mesh = meshes.make_mesh()
     model = make_student(config, data)
     spec = augment.make_spec(config.augment, model.image_size)
     if store is not None:
         check_store(store, config, data, spec)
-    meshes.check_rows(config.train.batch_size, "train.batch_size")
+    meshes.check_rows(config.train.batch_size, "train.batch_size",
+                      config.train.accumulate * (2 if mixes(config) else 1))
+    record_config(config, workdir, data)
     steps, per_epoch = count_steps(config, len(data.train))
     schedule = optim.make_schedule(config.optim, config.train.batch_size, steps, per_epoch)
 
     def make_tx(params):
-        return optim.make_optimizer(config.optim, schedule, params, model.depths)
+        return optim.make_optimizer(config.optim, params, model.depths)
 
     with checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last,
                                 config.checkpoint.keep_best) as checkpoints:
         done = log.read_json(workdir / "fit.json")
         if done is not None and checkpoints.latest == steps:
             return done
-        state = meshes.put_state(init_state(config, model, make_tx), mesh)
+        state = meshes.put_state(init_state(config, model, make_tx,
+                                             tuple(data.train.class_names)), mesh)
         if checkpoints.latest is not None:
             state = State(**checkpoints.restore(checkpoints.latest, state._asdict()))
             log.logger.info("%s: resumed at update %d of %d", title, checkpoints.latest, steps)
@@ -242,7 +248,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
                 model, {}, data.train.class_names, config.data.mean, config.data.std,
                 config.eval.crop, config.eval.crop_ratio), config.model.name))
         step_fn = make_train_step(config, model, make_tx(state.params), schedule, mesh)
-        views = pipeline.Views(data.train, spec, data.order, store)
+        views = pipeline.Views(data.train, spec, data.order, store, config.store.passes)
         evaluator = make_evaluator(config, model, data.eval, data.class_map, mesh)
         result = _loop(config, workdir, state, steps, per_epoch, step_fn, views, evaluator,
                        checkpoints, mesh, title)
@@ -274,6 +280,7 @@ def _loop(config, workdir: Path, state: State, steps: int, per_epoch: float, ste
             batch = next(stream)
         state, metrics = step_fn(state, meshes.put_batch(batch, mesh))
         meter.add(metrics)
+        meter.bound_queue()
         progress.advance()
         if step % config.log_every == 0 or step in eval_at or step in save_at:
             line, eta = meter.read(step)
@@ -289,7 +296,7 @@ def _loop(config, workdir: Path, state: State, steps: int, per_epoch: float, ste
                 meter.forget_time()
             progress.report(step, line, eta)
         if step in save_at:
-            checkpoints.save(step, state._asdict(), scores.get("top1"))
+            checkpoints.save(step, state._asdict(), scores["top1"] if step in eval_at else None)
     progress.close()
     if not scores:  # a run that was killed after its last update
         scores = evaluator({"params": state.ema or state.params, "batch_stats": state.batch_stats})
@@ -321,6 +328,11 @@ class _Meter:
     def add(self, metrics: dict) -> None:
         """Keeps one update's metrics, still on the device."""
         self.pending.append(metrics)
+
+    def bound_queue(self, updates: int = 4) -> None:
+        """Waits for the update a few before: else whole batches queue up on the device."""
+        if len(self.pending) > updates:
+            jax.block_until_ready(self.pending[-updates]["loss"])
 
     def read(self, step: int) -> tuple[dict[str, float], float]:
         """The averages since the last reading, and the seconds left."""
@@ -365,25 +377,29 @@ def make_evaluator(config: ml_collections.ConfigDict, model, source: images.Imag
 
 
 # What may change between a run and its resumption without changing a number of it.
-_FREE = ("data.workers", "data.threads", "data.prefetch", "log_every", "checkpoint", "store.path",
-         "store.capture", "train.max_skipped", "data.source", "data.data_dir", "teacher.batch_size",
-         "label_only_twin", "export_torch", "eval.batch_size")
+_FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.eval_source",
+         "data.data_dir", "log_every", "checkpoint", "store.path", "store.capture", "teacher",
+         "train.max_skipped", "eval.batch_size", "eval.checkpoint", "label_only_twin",
+         "export_torch")
 
 
-def record_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes config.json, or checks that the workdir's own says the same."""
+def record_config(config: ml_collections.ConfigDict, workdir: Path, data: Data) -> None:
+    """Writes config.json, or checks that the workdir's own says the same.
+
+    The images are compared by their fingerprints, so a folder may move between two starts.
+    """
     path = workdir / "config.json"
     own = json.loads(config.to_json_best_effort())
-    if path.exists():
-        before, now = _flat(json.loads(path.read_text())), _flat(own)
-        changed = [k for k in sorted(before.keys() | now.keys())
-                   if before.get(k) != now.get(k)
-                   and not any(k == f or k.startswith(f + ".") for f in _FREE)]
-        if changed:
-            listed = "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in changed[:6])
-            raise TrainingError(
-                f"{workdir} holds a run of another config: {listed}. Resume it with the same "
-                f"settings, or start a new run in another --workdir.")
+    own["images"] = {"train": data.train.fingerprint, "eval": data.eval.fingerprint}
+    before, now = _flat(log.read_json(path) or own), _flat(own)
+    changed = [k for k in sorted(before.keys() | now.keys())
+               if before.get(k) != now.get(k)
+               and not any(k == f or k.startswith(f + ".") for f in _FREE)]
+    if changed:
+        listed = "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in changed[:6])
+        raise TrainingError(
+            f"{workdir} holds a run of another config: {listed}. Resume it with the same "
+            f"settings, or start a new run in another --workdir.")
     if jax.process_index() == 0:
         log.write_json(path, own)
 

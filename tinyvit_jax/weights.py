@@ -50,59 +50,69 @@ def make_model(section: ml_collections.ConfigDict, num_classes: int, image_size:
         remat=remat, freeze_norm=freeze_norm)
 
 
-def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "strict"
-                 ) -> dict:
+def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "strict",
+                 class_names: tuple[str, ...] = (), which: str = "last") -> dict:
     """Reads weights for a model: from a run's workdir, a .pth or a .safetensors.
+
+    Tables of attention biases of other windows are resized.
 
     Args:
         path: a workdir of ours, or a file in Microsoft's or timm's key layout.
         model: from `create_model`.
-        head: "strict", or "new" to start the classifier at zero where its class count differs.
+        head: "strict", or "new" to fit the classifier to other classes: by name where both sides
+            have names, else zeros where the count differs.
+        class_names: of the model, for head="new".
+        which: checkpoint of a workdir: "last", or "best" by its evaluations.
 
     Returns:
         {"params", "batch_stats"} of float32 arrays.
 
     Raises:
-        WeightsError, or the converter's error that lists every key that does not fit.
+        WeightsError: a path that is neither, or arrays that do not fit; the message lists all.
     """
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"The weights {path} do not exist. Give a workdir of a finished run, or "
                            f"a .pth or .safetensors file.")
     if path.is_dir():
-        variables, _ = checkpoint.load_variables(path / "checkpoints")
-        variables = _replace_head(variables, model) if head == "new" else variables
-        check_variables(variables, model, str(path))
-        return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
-    return tinyvit.from_torch(files.read_state(str(path)), model, head=head)
+        variables, _ = checkpoint.load_variables(path / "checkpoints", which)
+        if head == "new" and class_names:
+            variables = map_head(variables, tuple(_read_card(path)["class_names"]), class_names)
+        state = tinyvit.to_torch(variables)
+    else:
+        state = files.read_state(str(path))
+    try:
+        return tinyvit.from_torch(state, model, head=head)
+    except WeightsError as error:
+        raise WeightsError(f"The weights of {path} are of another model: {error}") from error
 
 
-def _replace_head(variables: dict, model) -> dict:
-    """Zeroes the classifier where its shape is not the model's."""
-    wanted = model.variable_shapes()["params"].get("head", {})
-    own = variables["params"].get("head", {})
-    if all(own[k].shape == wanted[k].shape for k in wanted if k in own):
+def map_head(variables: dict, trained: tuple[str, ...], wanted: tuple[str, ...]) -> dict:
+    """Gives the classifier the wanted classes, each by its name.
+
+    A class without a counterpart takes the mean of those that have one, as the original does from
+    21,841 classes to 1,000; where no name is shared the head starts at zero.
+
+    Args:
+        variables: {"params", "batch_stats"}; without a head they come back as they are.
+        trained: names of the head's classes, in order.
+        wanted: names to have, in order.
+    """
+    if trained == wanted or "head" not in variables["params"]:
         return variables
-    new = {k: np.zeros(v.shape, np.float32) for k, v in wanted.items()}
-    checkpoint.logger.info("The classifier starts at zero: the weights have %s classes, the model "
-                           "%s.", own["bias"].shape[0], model.num_classes)
-    return {**variables, "params": {**variables["params"], "head": new}}
+    place = {name: i for i, name in enumerate(trained)}
+    known = np.array([name in place for name in wanted])
+    rows = np.array([place.get(name, 0) for name in wanted])
+    log.logger.info("The classifier has %d of %d classes by name; %s.", known.sum(), len(wanted),
+                    "the others take their mean" if known.any() else "it starts at zero")
 
+    def fit(x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x)[..., rows]
+        mean = x[..., known].mean(-1, keepdims=True) if known.any() else np.zeros_like(x[..., :1])
+        return np.where(known, x, mean)
 
-def check_variables(variables: dict, model, origin: str) -> None:
-    """Raises WeightsError listing every array that the model lacks, misses or shapes otherwise."""
-    def flat(tree):
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape)
-                for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-    found, wanted = flat(variables), flat(model.variable_shapes())
-    wrong = [f"{k}: found {found.get(k, 'nothing')}, expected {wanted.get(k, 'nothing')}"
-             for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
-    if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise WeightsError(
-            f"The weights of {origin} are of another model, {len(wrong)} arrays differ: {shown}. "
-            f"Give the model section of the config that trained them, or other weights.")
+    head = {name: fit(x) for name, x in variables["params"]["head"].items()}
+    return {**variables, "params": {**variables["params"], "head": head}}
 
 
 def hash_weights(variables: dict) -> str:
@@ -148,13 +158,7 @@ def _read_card(workdir: str | Path) -> dict:
     return card
 
 
-def load_normalisation(workdir: str | Path) -> tuple[tuple, tuple]:
-    """The mean and std that a run's weights were trained with."""
-    card = _read_card(workdir)
-    return tuple(card["mean"]), tuple(card["std"])
-
-
-def load_run(workdir: str | Path) -> Trained:
+def load_run(workdir: str | Path, which: str = "last") -> Trained:
     """The model, weights and preprocessing of a run.
 
     Raises:
@@ -166,7 +170,7 @@ def load_run(workdir: str | Path) -> Trained:
         own["name"], own["num_classes"], own["image_size"],
         embed_dims=own["embed_dims"], depths=own["depths"], num_heads=own["num_heads"],
         window_sizes=own["window_sizes"], stem_strides=own["stem_strides"])
-    return Trained(model, load_weights(workdir, model), tuple(card["class_names"]),
+    return Trained(model, load_weights(workdir, model, which=which), tuple(card["class_names"]),
                tuple(card["mean"]), tuple(card["std"]), card["crop"], card["crop_ratio"])
 
 

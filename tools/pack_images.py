@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             total = sum(map(len, sources.values()))
             with tqdm.tqdm(total=total, unit="image") as progress:
                 manifest = pack.write_pack(args.out, sources, settings, progress)
-    except SourceError as error:
-        print(error, file=sys.stderr)
+    except (SourceError, OSError, RuntimeError) as error:  # RuntimeError: ArrayRecord's full disk
+        print(f"error: {error}", file=sys.stderr)
         return 1
     for split, entry in manifest["splits"].items():
         print(f"{split}: {entry['images']} images in {len(entry['shards'])} files")

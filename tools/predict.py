@@ -48,6 +48,9 @@ def main() -> None:
         names = tuple(Path(args.classes).read_text().splitlines()) if args.classes else ()
         trained = weights.open_trained(args.weights, args.image_size, tuple(args.stem_strides),
                                        names)
+        if not trained.model.num_classes:
+            raise ValueError(f"{args.weights} has no classifier, so it names no class. Give "
+                             f"weights with a head.")
         for path, classes in zip(args.images, predict(trained, args.images, args.top),
                                  strict=True):
             print(path)

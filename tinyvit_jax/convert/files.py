@@ -68,6 +68,12 @@ def write_state(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> Non
         raise
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises WeightsError where `write_state` could not write such a file, before hours of work."""
+    path = pathlib.Path(path)
+    _choose(path, _import_torch, _import_safetensors)(path)
+
+
 def unwrap(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights in a training checkpoint, or the dict itself where it holds weights."""
     for key in _WRAPPERS:
@@ -134,8 +140,8 @@ def _import_torch(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise WeightsError(f'{path.name} needs PyTorch: pip install "tinyvit_jax[torch]", or use '
-                           "a .safetensors file") from error
+        raise WeightsError(f"{path.name} needs PyTorch: pip install torch, or use a "
+                           f".safetensors file") from error
     return torch
 
 
@@ -143,8 +149,8 @@ def _import_safetensors(path: pathlib.Path) -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise WeightsError(f"{path.name} needs the package safetensors: pip install safetensors, "
-                           'or all of pip install "tinyvit_jax[torch]"') from error
+        raise WeightsError(f"{path.name} needs the package safetensors: "
+                           "pip install safetensors") from error
     return safetensors.numpy
 
 

@@ -214,7 +214,7 @@ def _raise_faults(faults: list[str], layout: Layout) -> None:
     raise WeightsError(
         f"the weights (in the layout of {layout}) do not fit the model: {len(faults)} keys. Check "
         f"that the variant, its widths and depths are those the weights were trained with.{advice}"
-        "\n  " + "\n  ".join(sorted(faults)))
+        " " + "; ".join(sorted(faults)))
 
 
 def _log_changes(model: Model, resized: list[str], renewed: list[str]) -> None:

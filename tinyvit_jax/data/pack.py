@@ -105,7 +105,11 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             f"There is no pack in {root}: it has no manifest.json, which is written last. Make one "
             f"with  python tools/pack_images.py --source=/folder --out={root}"
         )
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise SourceError(f"{path} is damaged ({error}). Copy it again, or make the pack again "
+                          f"with tools/pack_images.py.") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise SourceError(
             f"The pack in {root} has format version {manifest.get('format_version')}, and this "

@@ -37,17 +37,19 @@ class Views:
         spec: how views are made.
         order: which image and seed each view number has.
         store: the teacher's targets for these views, or None.
+        passes: of the store to show before they are shown again; 0 = all it has.
     """
 
     def __init__(self, source: images.ImageSource, spec: augment.Spec, order: Order,
-                 store: Store | None = None):
+                 store: Store | None = None, passes: int = 0):
         self.source, self.spec, self.order, self.store = source, spec, order, store
+        self.passes = passes or (store.manifest.passes if store else 0)
 
     def read(self, view: np.ndarray) -> Batch:
         """The batch of consecutive view numbers: int64 [n] -> n rows."""
         pass_number, position = self.order.locate(view)
         if self.store is not None:  # more epochs than stored passes show the passes again
-            pass_number = pass_number % self.store.manifest.passes
+            pass_number = pass_number % self.passes
         index, seed = self.order.keys(pass_number, position)
         examples = self.source.read(index.tolist())
         batch = Batch(
