@@ -10,5 +10,5 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Many tests compile the same programs, some in processes of their own: compile each once.
 _CACHE = tempfile.TemporaryDirectory(prefix="tinyvit_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)  # xdist's workers share the first
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -1,7 +1,6 @@
 """Weights to and from PyTorch: key by key, both layouts, and files that are not what they seem."""
 
 import logging
-import re
 
 import jax
 import numpy as np
@@ -103,7 +102,8 @@ def test_all_faults_come_at_once(model, state):
     state["layers.1.blocks.0.attn.attention_biases"] = np.zeros((2, 15))
     with pytest.raises(WeightsError) as error:
         tinyvit.from_torch(state, model)
-    assert re.findall(r"\n  (.*)", str(error.value)) == [
+    faults = str(error.value)[str(error.value).index("mis-shaped"):]
+    assert faults.split("; ") == [
         "mis-shaped: layers.1.blocks.0.attn.attention_biases is (2, 15), expected (2, 16)",
         "mis-shaped: patch_embed.seq.0.c.weight is (4, 3, 5, 5), expected (4, 3, 3, 3)",
         "missing: norm_head.bias (32,)",
@@ -269,6 +269,6 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, ending, package):
 
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.numpy", None)
-    with pytest.raises(WeightsError, match=r'pip install "tinyvit_jax\[torch\]"'):
+    with pytest.raises(WeightsError, match=f"pip install {package}"):
         files.write_state(tmp_path / f"weights{ending}", {})
     assert not list(tmp_path.iterdir())
