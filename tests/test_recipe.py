@@ -194,6 +194,18 @@ def unknown_argument(folder, finished, tmp_path):
     return [f"--config={CONFIG}:{folder}", "train.batch_size=8"]
 
 
+def missing_config(folder, finished, tmp_path):
+    return ["--config=configs/nowhere.py"]
+
+
+def no_such_stage(folder, finished, tmp_path):
+    return ["--config=configs/21m.py:9k"]
+
+
+def not_a_number(folder, finished, tmp_path):
+    return [f"--config={CONFIG}:{folder}", "--config.train.batch_size=many"]
+
+
 def wrong_k(folder, finished, tmp_path):
     return [f"--config={CONFIG}:{folder}", f"--workdir={tmp_path}", "--config.store.top_k=1",
             f"--config.store.path={finished[0] / 'store'}", "--config.store.capture=False"]
@@ -213,7 +225,8 @@ def other_config(folder, finished, tmp_path):
     (truncated_weights, "cut.safetensors"), (unreadable_image, "checks/000.jpg"),
     (one_class, "class"), (empty_folder, "images"), (missing_folder, "nowhere"),
     (unknown_key, "bach_size"), (unknown_argument, "--config.section.key=value"),
-    (wrong_k, "top_k"), (other_image_size, "image_size"), (other_config, "another --workdir"),
+    (missing_config, "nowhere.py"), (no_such_stage, "22k_distill, 22kto1k"),
+    (not_a_number, "batch_size=many"), (wrong_k, "top_k"), (other_image_size, "image_size"), (other_config, "another --workdir"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_input_is_one_paragraph(case, message, folder, finished, tmp_path):
     done = run(*case(folder, finished, tmp_path), code=1)

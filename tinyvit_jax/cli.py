@@ -65,17 +65,32 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     try:
         app.run(start, flags_parser=_parse)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("TINYVIT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_explain(error)}", file=sys.stderr, flush=True)
         os._exit(1)  # threads that prepare batches or read files would go on, and report in turn
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses the command line; an unknown config key is an error that names its neighbours."""
+    """Parses the command line; what does not parse is an error of one paragraph too."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-        text = error.args[0] if error.args else error
-        sys.exit(f"error: {text} All keys with their defaults are in tinyvit_jax/config.py.")
+        return flags.FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {_explain(error)} Settings are written --config=configs/FILE.py[:STAGE] "
+                 f"--config.section.key=value; tinyvit_jax/config.py lists all keys.")
+
+
+_QUOTES = "'\"\\"
+
+
+def _explain(error: BaseException) -> str:
+    """The heart of what absl and ml_collections wrap into several lines, a traceback at times."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, KeyError | AttributeError):
+        key, _, advice = text.replace("\\n", "\n").partition("\n")
+        advice = advice.rstrip("'\"")
+        return f"The config has no key {key.strip(_QUOTES)}. {advice}".strip()
+    own = text.rpartition(f"{configs.ConfigError.__name__}: ")[2]
+    lines = [line.strip() for line in own.splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith("Pass --help"))

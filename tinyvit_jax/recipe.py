@@ -43,20 +43,17 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
             logger.info("%g epochs over %d stored passes: every stored view is shown %.1f times",
                         config.train.epochs, config.store.passes,
                         config.train.epochs / config.store.passes)
-        if jax.process_index() == 0:
-            draw_views(make_views(config, data), store, workdir / "views.png")
+        draw_views(make_views(config, data), store, workdir / "views.png")
     student = train.fit(config, workdir, data, store, title="student" if store else "train")
     result |= student
     curves = {"student" if store else "train": log.read_metrics(workdir / "metrics.jsonl")}
     if store is not None:
-        result |= {"student_top1": student["top1"], "student_parameters": student["parameters"],
-                   "student_seconds": student["seconds"],
-                   "store_bytes_per_view": round(store.bytes_per_view(), 2)}
+        result |= {f"student_{k}": student[k] for k in ("top1", "top5", "seconds", "parameters")}
+        result["store_bytes_per_view"] = round(store.bytes_per_view(), 2)
     if config.label_only_twin:
         twin = fit_twin(config, workdir / "label_only", data)
         curves["label-only twin"] = log.read_metrics(workdir / "label_only" / "metrics.jsonl")
-        result |= {"label_only_top1": twin["top1"], "label_only_seconds": twin["seconds"]}
-        result["label_only_top5"] = twin["top5"]
+        result |= {f"label_only_{k}": twin[k] for k in ("top1", "top5", "seconds")}
     result["seconds"] = sum(result.get(k, 0.0) for k in (
         "teacher_seconds", "capture_seconds", "seconds", "label_only_seconds"))
     if config.export_torch:
@@ -153,8 +150,7 @@ def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.
     result: dict = {}
     if teaches_itself(config):
         taught = train.fit(teacher_config(config), workdir / "teacher", data, title="teacher")
-        result = {"teacher_top1": taught["top1"], "teacher_top5": taught["top5"],
-                  "teacher_seconds": taught["seconds"], "teacher_parameters": taught["parameters"]}
+        result = {f"teacher_{k}": taught[k] for k in ("top1", "top5", "seconds", "parameters")}
     store, seconds = fill_store(with_teacher(config, workdir), path, data, mesh)
     return store, {**result, "capture_seconds": seconds}
 
@@ -259,7 +255,10 @@ def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, 
 
 
 def draw_views(views: pipeline.Views, store: stores.Store, path: Path, count: int = 12) -> None:
-    """Draws the first views of a store with the teacher's top classes under their label."""
+    """Draws the first views of a store, once, with the teacher's top classes under their label."""
+    if path.exists() or jax.process_index() > 0:
+        return
+    count = min(count, views.order.views_per_pass // 2 * 2)
     shown = pipeline.Views(views.source, views.spec, views.order, store).read(np.arange(count))
     pixels = np.asarray(mix.view_pixels(shown))
     names = views.source.class_names
@@ -281,7 +280,7 @@ def export(workdir: Path, path: Path) -> str:
 def format_table(result: dict) -> str:
     """The figures of a run as a small table."""
     rows = [("teacher", "teacher_top1", "teacher_top5", "teacher_parameters", "teacher_seconds"),
-            ("student, distilled", "student_top1", "top5", "student_parameters",
+            ("student, distilled", "student_top1", "student_top5", "student_parameters",
              "student_seconds"),
             ("student, labels only", "label_only_top1", "label_only_top5", "student_parameters",
              "label_only_seconds")]
