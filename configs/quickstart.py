@@ -22,7 +22,7 @@ def get_config():
              "window_sizes": (8, 4, 2, 1)}
     c.model.update({**shape, "embed_dims": (16, 32, 64, 96), "num_heads": (1, 2, 4, 6)})
     c.teacher.update({**shape, "embed_dims": (32, 64, 96, 128), "num_heads": (2, 4, 6, 8)})
-    c.teacher.epochs = 14
+    c.teacher.epochs = 10
     c.teacher.learning_rate = 3e-3
 
     c.objective.name = "stored_logits"
