@@ -32,14 +32,13 @@ def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for colour, (title, lines) in zip(_COLOURS, runs.items(), strict=False):
-        for axis, key, style, suffix in (
-            (axes[0], "loss", "-", ""), (axes[1], "eval_top1", "o-", ""),
-            (axes[2], "learning_rate", "-", ""),
-        ):
+    for number, (title, lines) in enumerate(runs.items()):
+        colour, line = _COLOURS[number % len(_COLOURS)], ("-", "--")[number % 2]
+        for axis, key, style in ((axes[0], "loss", line), (axes[1], "eval_top1", "o" + line),
+                                 (axes[2], "learning_rate", line)):
             points = [(m["step"], m[key]) for m in lines if m.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=title + suffix,
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=title,
                           markersize=3.5, linewidth=1.4)
     for axis, title in zip(axes, ("training loss (each its own objective)",
                                   "top-1 on the evaluation images, %", "learning rate"),
