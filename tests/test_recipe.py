@@ -226,7 +226,8 @@ def other_config(folder, finished, tmp_path):
     (one_class, "class"), (empty_folder, "images"), (missing_folder, "nowhere"),
     (unknown_key, "bach_size"), (unknown_argument, "--config.section.key=value"),
     (missing_config, "nowhere.py"), (no_such_stage, "22k_distill, 22kto1k"),
-    (not_a_number, "batch_size=many"), (wrong_k, "top_k"), (other_image_size, "image_size"), (other_config, "another --workdir"),
+    (not_a_number, "batch_size=many"), (wrong_k, "top_k"), (other_image_size, "image_size"),
+    (other_config, "another --workdir"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_input_is_one_paragraph(case, message, folder, finished, tmp_path):
     done = run(*case(folder, finished, tmp_path), code=1)

@@ -59,7 +59,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if len(argv) > 1:
             raise configs.ConfigError(
                 f"Unknown argument {argv[1]}. Settings are written --config.section.key=value.")
-        logging.set_verbosity(logging.WARNING)  # orbax tells of every file it touches
+        logging.set_verbosity(logging.ERROR)  # orbax tells of every file it touches
         log.set_up_logging()
         return main()
 
