@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax
 import numpy as np
@@ -168,6 +169,21 @@ def test_checking_with_another_teacher_is_refused(folder, tmp_path, monkeypatch)
     manifest.write_text(json.dumps(text))
     with pytest.raises(stores.StoreError, match=r"teacher\.weights"):
         recipe.check_captured(config, tmp_path, 8)
+
+
+@pytest.mark.parametrize("fault", ["other targets", "not a number"])
+def test_a_teacher_that_has_changed_is_found(folder, tmp_path, monkeypatch, fault):
+    config = make_config(folder)
+    config.store.path = str(tmp_path / "store")
+    fill(config, tmp_path)
+    if fault == "other targets":  # the same file, so the same hash: only its answers tell
+        monkeypatch.setattr(sys.modules[__name__], "bright",
+                            lambda images: -images.reshape(len(images), -1, 3).mean(1) / 10)
+    else:
+        monkeypatch.setattr(capture, "_kl", lambda stored, now: np.full(len(now), np.nan))
+    problems, _ = recipe.check_captured(config, tmp_path, 30)
+    assert len(problems) == 1
+    assert "other targets now" in problems[0]
 
 
 @pytest.mark.parametrize(("key", "value", "field"), [

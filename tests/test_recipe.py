@@ -248,3 +248,9 @@ def test_a_recipe_without_data_fails_fast_and_says_what_to_run(name, tmp_path):
                  f"tools/save_logits.py --config=configs/{name}.py --workdir={tmp_path}"):
         assert step in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_from_labels_needs_no_store(tmp_path):
+    done = run("--config=configs/21m.py:1k", f"--workdir={tmp_path}", code=1)
+    assert "tfds build imagenet2012 --file_format=array_record" in done.stderr
+    assert "save_logits" not in done.stderr

@@ -34,7 +34,7 @@ def default() -> ml_collections.ConfigDict:
     d.prefetch = 2  # batches kept ready for each thread
 
     c.augment = a = ml_collections.ConfigDict()
-    a.name = "imagenet"  # imagenet: random resized crop | small: pad and crop | none: as evaluation
+    a.name = "imagenet"  # imagenet: random resized crop | small: pad and crop | none: centre
     a.scale = (0.08, 1.0)  # area of the random resized crop, as a fraction of the image
     a.ratio = (3 / 4, 4 / 3)  # its aspect ratio
     a.pad = 4  # pixels of zero padding around an image of "small" before its crop

@@ -1,11 +1,13 @@
 """What a run leaves to read: a progress bar or plain lines, metrics.jsonl, result.json."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,25 @@ def set_up_logging() -> None:
     logger.propagate = False
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError of writing, which knows no file (a full disk), the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}. Free some space or "
+                      f"mend the folder, and type the command again: the run goes on from its "
+                      f"newest checkpoint.") from error
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader or a crash sees all of it or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(path, data)
+
+
+def _write_and_rename(path: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:
@@ -92,18 +110,13 @@ class Progress:
         """Writes one line of metrics (non-finite values as null) and shows them."""
         if self.path is not None:
             clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            with self.path.open("a") as f:
+            with naming(self.path), self.path.open("a") as f:
                 f.write(json.dumps({"step": step, **clean}) + "\n")
         text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN)
         self.bar.set_postfix_str(text, refresh=False)
         if self.lines_too:
             left = "" if eta is None else f"  left {format_seconds(eta)}"
             logger.info("%s %d/%d  %s%s", self.title, step, self.total, text, left)
-
-    def say(self, text: str) -> None:
-        """Prints one line without breaking the bar."""
-        if not self.quiet:
-            self.bar.write(text, file=sys.stderr) if not self.lines_too else logger.info(text)
 
     def close(self) -> None:
         """Ends the bar."""
