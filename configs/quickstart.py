@@ -14,7 +14,7 @@ def get_config():
     c = configs.default()
     c.data.source = "embedded"
     c.data.mean, c.data.std = (0.286,) * 3, (0.353,) * 3
-    c.augment.name = "small"
+    c.augment.spec = "small"
     c.augment.pad = 2
     c.augment.rand_augment = ""
     c.augment.color_jitter = 0.0

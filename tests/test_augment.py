@@ -34,15 +34,15 @@ SPECS = {
     "imagenet": make_spec(),
     "imagenet 64": make_spec(64),
     "jitter": make_spec(64, rand_augment="", erase=0.5),
-    "small": make_spec(28, name="small", pad=2),
-    "small jitter": make_spec(32, name="small", rand_augment=""),
+    "small": make_spec(28, spec="small", pad=2),
+    "small jitter": make_spec(32, spec="small", rand_augment=""),
 }
 
 
 def make_pixels(name: str) -> np.ndarray:
     """Eight views after one another: of a generated image, or of embedded ones for "small"."""
     spec = SPECS[name]
-    if spec.name == "small":
+    if spec.spec == "small":
         source = images.open_source("embedded", "train")
         pictures = [ops.decode(e.image, e.key) for e in source.read(range(8))]
     else:
@@ -275,7 +275,7 @@ def test_noise_differs_from_view_to_view():
 
 
 def test_small_pads_and_crops_without_resizing():
-    spec = make_spec(28, name="small", pad=2, flip=0.0, rand_augment="", color_jitter=0.0, erase=0)
+    spec = make_spec(28, spec="small", pad=2, flip=0.0, rand_augment="", color_jitter=0.0, erase=0)
     image = wave_image(28, 28) // 2 + 1
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
     windows = {padded[y:y + 28, x:x + 28].tobytes() for y in range(5) for x in range(5)}
@@ -285,13 +285,13 @@ def test_small_pads_and_crops_without_resizing():
 
 
 def test_small_resizes_other_sizes():
-    spec = make_spec(28, name="small", pad=0, flip=0.0, rand_augment="", color_jitter=0.0, erase=0)
+    spec = make_spec(28, spec="small", pad=0, flip=0.0, rand_augment="", color_jitter=0.0, erase=0)
     out = augment.apply_view(wave_image(40, 60), augment.sample_view(0, spec), spec)
     assert np.array_equal(out, ops.resize(wave_image(40, 60), 28, 28))
 
 
 def test_none_is_the_evaluation_view():
-    spec = make_spec(64, name="none")
+    spec = make_spec(64, spec="none")
     image = wave_image(100, 150)
     out = augment.apply_view(image, augment.sample_view(3, spec), spec)
     assert np.array_equal(out, augment.eval_view(image, 64, "center", 224 / 256))
@@ -304,16 +304,16 @@ def test_spec_survives_json():
 
 def test_spec_forgets_settings_without_effect():
     assert make_spec(color_jitter=0.1, pad=9) == make_spec()
-    assert make_spec(name="small", scale=(0.5, 1)) == make_spec(name="small")
+    assert make_spec(spec="small", scale=(0.5, 1)) == make_spec(spec="small")
     assert make_spec(mix_prob=0.3, mix_switch=0.1) == make_spec()
     assert make_spec(mixup=0.8, mix_switch=0.1) == make_spec(mixup=0.8)
     assert make_spec(mixup=0.8, mix_prob=0.0) == make_spec()
-    assert make_spec(name="none", rand_augment="?", flip=0.1) == make_spec(name="none")
+    assert make_spec(spec="none", rand_augment="?", flip=0.1) == make_spec(spec="none")
 
 
 @pytest.mark.parametrize("change", [
     {"flip": 0.4}, {"erase": 0.1}, {"rand_augment": ""}, {"scale": (0.1, 1)}, {"ratio": (1, 1)},
-    {"mixup": 0.1}, {"cutmix": 0.1}, {"name": "small"}])
+    {"mixup": 0.1}, {"cutmix": 0.1}, {"spec": "small"}])
 def test_spec_remembers_settings_with_effect(change):
     assert make_spec(**change) != make_spec()
 
@@ -332,8 +332,8 @@ def test_spec_with_wrong_fields_is_refused():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(augment.SpecError, match=r"augment\.name=cifar"):
-        make_spec(name="cifar")
+    with pytest.raises(augment.SpecError, match=r"augment\.spec=cifar"):
+        make_spec(spec="cifar")
     with pytest.raises(augment.SpecError, match=r"eval\.crop=corner"):
         augment.eval_view(wave_image(30, 30), 20, "corner", 1.0)
 

@@ -58,7 +58,7 @@ def test_stages_hold_the_original_values(stage, rates, batch, accumulate, epochs
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("objective.name", "magic"), ("augment.name", "huge"), ("train.batch_size", 0),
+    ("objective.name", "magic"), ("augment.spec", "huge"), ("train.batch_size", 0),
     ("train.accumulate", 3), ("augment.erase", 1.5), ("model.dtype", "float64"),
     ("store.block_views", 3), ("store.shard_views", 300), ("optim.learning_rate", 0.0),
     ("eval.crop", "round"), ("optim.layer_decay", 0.0), ("augment.mixup", -1.0),

@@ -11,13 +11,14 @@ PACKAGE = ROOT / "tinyvit_jax"
 NUMPY = {"numpy"}
 JAX = {"jax", "numpy"}
 GROUND = {"batch"}
-HOST = {"data.draws", "data.order", "data.ops", "data.augment", "data.source", "data.folder",
+HOST = {"data.draws", "data.order", "data.rand_augment", "data.microsoft", "data.ops", "data.augment", "data.source", "data.folder",
         "data.pack", "data.tfds", "data.images", "store.codec", "store.files", "store.manifest",
         "store.store"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
-          "objectives.stored_logits", "models", "models.layers", "models.tinyvit"}
+          "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
+          "models.clip"}
 WEIGHTS = {"convert", "convert.files", "convert.resize", "convert.shape", "convert.tinyvit",
-           "checkpoint", "weights", "log"}
+           "convert.clip", "checkpoint", "weights", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "capture", "plots", "config"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
@@ -32,7 +33,9 @@ FLOORS = {
     "data.draws": (set(), NUMPY),
     "data.order": ({"data.draws"}, NUMPY),
     "data.ops": (set(), NUMPY | {"cv2"}),
-    "data.augment": ({"data.draws", "data.ops"}, NUMPY),
+    "data.augment": ({"data.draws", "data.ops", "data.rand_augment", "data.microsoft"}, NUMPY),
+    "data.rand_augment": ({"data.draws", "data.ops"}, NUMPY),
+    "data.microsoft": ({"data.ops", "data.rand_augment"}, NUMPY | {"PIL"}),
     "data.source": ({"data.draws"}, NUMPY),
     "data.folder": ({"data.source"}, NUMPY),
     "data.pack": ({"data.source", "data.ops"}, NUMPY | {"array_record"}),
@@ -46,6 +49,7 @@ FLOORS = {
     "models": (DEVICE, JAX | {"flax"}),
     "models.layers": (DEVICE, JAX | {"flax"}),
     "models.tinyvit": (DEVICE, JAX | {"flax"}),
+    "models.clip": (DEVICE, JAX | {"flax"}),
     "objectives": (DEVICE, JAX | {"ml_collections"}),
     "objectives.supervised": (DEVICE, JAX),
     "objectives.stored_logits": (DEVICE, JAX),
@@ -57,6 +61,7 @@ FLOORS = {
     "convert.resize": (WEIGHTS, NUMPY),
     "convert.shape": (WEIGHTS, set()),
     "convert.tinyvit": (WEIGHTS, NUMPY),
+    "convert.clip": (WEIGHTS, NUMPY),
     "checkpoint": (set(), {"jax", "orbax"}),
     "weights": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
     "evaluate": (DEVICE, JAX),
@@ -66,7 +71,8 @@ FLOORS = {
     "main": ({"cli", "recipe"}, {"absl", "jax"}),
 }
 ONE_PLACE = {"grain": "data.pipeline", "orbax": "checkpoint", "matplotlib": "plots",
-             "cv2": "data.ops", "tensorflow_datasets": "data.tfds", "optax": ("optim", "train")}
+             "cv2": "data.ops", "tensorflow_datasets": "data.tfds", "optax": ("optim", "train"),
+             "PIL": "data.microsoft"}
 
 
 def modules() -> dict[str, Path]:

@@ -38,7 +38,7 @@ def make_config(folder: Path, mixed: bool = True):
     c = configs.default()
     c.data.source = f"folder:{folder}"
     c.data.threads = 2
-    c.augment.name, c.augment.pad = "small", 2
+    c.augment.spec, c.augment.pad = "small", 2
     if mixed:
         c.augment.mixup, c.augment.cutmix = 0.8, 1.0
     shape = {"name": "tiny_vit", "image_size": 16, "stem_strides": (2, 1), "depths": (1, 1, 1, 1),

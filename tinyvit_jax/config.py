@@ -7,7 +7,7 @@ A file in configs/ calls `default()` and changes what differs; the command line 
 import ml_collections
 
 OBJECTIVES = ("supervised", "stored_logits")
-AUGMENTS = ("imagenet", "small", "none")
+AUGMENTS = ("imagenet", "small", "none", "microsoft")
 EVAL_CROPS = ("center", "square")
 
 
@@ -34,7 +34,9 @@ def default() -> ml_collections.ConfigDict:
     d.prefetch = 2  # batches kept ready for each thread
 
     c.augment = a = ml_collections.ConfigDict()
-    a.name = "imagenet"  # imagenet: random resized crop | small: pad and crop | none: centre
+    # imagenet: random resized crop | small: pad and crop | none: centre | microsoft: the original's
+    # own draws and PIL's pixels, for stores that tools/import_store.py brought in
+    a.spec = "imagenet"
     a.scale = (0.08, 1.0)  # area of the random resized crop, as a fraction of the image
     a.ratio = (3 / 4, 4 / 3)  # its aspect ratio
     a.pad = 4  # pixels of zero padding around an image of "small" before its crop
@@ -56,6 +58,8 @@ def default() -> ml_collections.ConfigDict:
     m.remat = False  # recompute the blocks' activations in the backward pass to save memory
     m.freeze_norm = False  # BatchNorm uses its stored statistics while training
     m.init_from = ""  # weights to start from: a workdir of ours, a .pth or a .safetensors
+    m.class_names = ""  # file of the classes of init_from, one a line, where it is a PyTorch file
+    m.trainable = "all"  # all | head: the classifier alone learns, everything before it stands still
 
     c.objective = o = ml_collections.ConfigDict()
     o.name = "supervised"  # supervised | stored_logits
@@ -75,6 +79,7 @@ def default() -> ml_collections.ConfigDict:
     t.weights = ""  # a workdir of ours, a .pth, a .safetensors; "" = train it by the recipe below
     t.mean = ()  # its normalisation; () = that of its workdir, and ImageNet's for a file
     t.std = ()
+    t.dtype = "float32"  # of its activations: float32 | bfloat16
     t.batch_size = 256
     t.epochs = 0  # recipe of a teacher trained on the labels first; 0 = none
     t.learning_rate = 2e-3  # peak, unscaled
@@ -104,6 +109,9 @@ def default() -> ml_collections.ConfigDict:
     e.batch_size = 256
     e.crop = "center"  # center: short side to size / crop_ratio, then crop | square: resize
     e.crop_ratio = 224 / 256
+    # Which classes compete: all of the evaluation set, or present: those it has images of.
+    # auto: present for imagenet_a and imagenet_r, which show 200 of the 1,000.
+    e.classes = "auto"
     e.checkpoint = "last"  # what --mode=eval measures: last, which every other use takes, or best
 
     c.checkpoint = k = ml_collections.ConfigDict()
@@ -142,10 +150,13 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     c = config
     one_of("objective.name", c.objective.name, OBJECTIVES)
-    one_of("augment.name", c.augment.name, AUGMENTS)
+    one_of("augment.spec", c.augment.spec, AUGMENTS)
     one_of("eval.crop", c.eval.crop, EVAL_CROPS)
+    one_of("eval.classes", c.eval.classes, ("auto", "all", "present"))
+    one_of("model.trainable", c.model.trainable, ("all", "head"))
     one_of("eval.checkpoint", c.eval.checkpoint, ("last", "best"))
-    one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
+    for section in ("model", "teacher"):
+        one_of(f"{section}.dtype", c[section].dtype, ("float32", "bfloat16"))
     for section, key in (("train", "batch_size"), ("train", "accumulate"), ("eval", "batch_size"),
                          ("store", "passes"), ("store", "top_k"), ("store", "block_views"),
                          ("teacher", "batch_size"), ("checkpoint", "keep_last")):

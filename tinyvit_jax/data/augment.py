@@ -56,7 +56,7 @@ class Spec:
         mean, std: of the noise that erases; the fill of RandAugment is round(255 * mean).
     """
 
-    name: str
+    spec: str
     version: int
     image_size: int
     scale: tuple[float, float]
@@ -106,17 +106,17 @@ def make_spec(augment_config: Any, image_size: int) -> Spec:
         SpecError: for an unknown name or a RandAugment string that is not understood.
     """
     a = augment_config
-    if a.name not in ("imagenet", "small", "none"):
-        raise SpecError(f"--config.augment.name={a.name} is unknown: expected imagenet, small or "
+    if a.spec not in ("imagenet", "small", "none"):
+        raise SpecError(f"--config.augment.spec={a.spec} is unknown: expected imagenet, small or "
                         f"none.")
-    random, crops, mixes = a.name != "none", a.name == "imagenet", a.mixup > 0 or a.cutmix > 0
+    random, crops, mixes = a.spec != "none", a.spec == "imagenet", a.mixup > 0 or a.cutmix > 0
     rand_augment = a.rand_augment if random else ""
     _parse_rand_augment(rand_augment)
     return Spec(
-        name=a.name, version=VERSION, image_size=int(image_size),
+        spec=a.spec, version=VERSION, image_size=int(image_size),
         scale=_pair(a.scale) if crops else (0.0, 0.0),
         ratio=_pair(a.ratio) if crops else (0.0, 0.0),
-        pad=int(a.pad) if a.name == "small" else 0,
+        pad=int(a.pad) if a.spec == "small" else 0,
         flip=float(a.flip) if random else 0.0,
         rand_augment=rand_augment,
         color_jitter=float(a.color_jitter) if random and not rand_augment else 0.0,
@@ -197,10 +197,10 @@ def _parse_rand_augment(text: str) -> _RandAugment:
 
 def sample_view(seed: int, spec: Spec) -> View:
     """Draws a view from its seed, a whole number of up to 64 bits."""
-    if spec.name == "none":
+    if spec.spec == "none":
         return View((), 0.0, 0.0, False, (), NO_BOX, 0)
     crop: tuple[tuple[float, float], ...] = ()
-    if spec.name == "imagenet":
+    if spec.spec == "imagenet":
         crop = tuple(_area_and_ratio(seed, _CROP_TRY + 2 * i, spec.scale, spec.ratio)
                      for i in range(_ATTEMPTS))
     box = _sample_erased(seed, spec)
@@ -307,10 +307,10 @@ def apply_view(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
     Returns:
         uint8 [S, S, 3], S = spec.image_size.
     """
-    if spec.name == "none":
+    if spec.spec == "none":
         return eval_view(image, spec.image_size, _VIEW_CROP, _VIEW_RATIO)
     size = spec.image_size
-    if spec.name == "imagenet":
+    if spec.spec == "imagenet":
         y0, x0, y1, x1 = crop_box(view, spec, *image.shape[:2])
         image = ops.resize(ops.crop(image, y0, x0, y1 - y0, x1 - x0), size, size)
     else:
