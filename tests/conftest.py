@@ -1,7 +1,10 @@
 """Set-up of the whole suite: tests run on the CPU and leave nothing outside of tmp_path."""
 
+import logging
 import os
 import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -12,3 +15,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 _CACHE = tempfile.TemporaryDirectory(prefix="tinyvit_jax_tests_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)  # xdist's workers share the first
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch):
+    """Lets caplog hear the package, though a test before may have run log.set_up_logging."""
+    monkeypatch.setattr(logging.getLogger("tinyvit_jax"), "propagate", True)

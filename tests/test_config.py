@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from tinyvit_jax import config as configs
-from tinyvit_jax import stages
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -26,6 +25,7 @@ def test_every_shipped_config_is_valid(path):
     module = load(path)
     for stage in getattr(module, "DROP_PATH", {None: 0}):
         config = module.get_config(stage) if stage else module.get_config()
+        config.model.init_from = config.model.init_from or "weights.pth"  # finetune needs some
         assert isinstance(config, type(configs.default()))
         configs.check(config)
         assert set(config.keys()) == set(configs.default().keys())
@@ -36,25 +36,13 @@ def test_unknown_stage_names_the_stages():
         load(ROOT / "configs" / "5m.py").get_config("384")
 
 
-@pytest.mark.parametrize(("stage", "rates", "batch", "accumulate", "epochs"), [
-    ("22k_distill", (2.5e-4, 5e-7, 5e-6, 0.01), 4096, 1, 90),
-    ("22kto1k", (2.5e-4, 5e-7, 1e-5, 1e-8), 1024, 1, 30),
-    ("1k", (5e-4, 5e-7, 5e-6, 0.05), 1024, 1, 300),
-    ("384", (2e-5, 2e-8, 2e-7, 1e-8), 1024, 4, 30),
-    ("512", (2e-5, 2e-8, 2e-7, 1e-8), 1024, 4, 30),
-])
-def test_stages_hold_the_original_values(stage, rates, batch, accumulate, epochs):
-    c = stages.make_config(stage, "tiny_vit_21m_224", {stage: 0.1})
-    p = c.optim
-    found = (p.learning_rate, p.warmup_learning_rate, p.min_learning_rate, p.weight_decay)
-    assert found == rates
-    assert (c.train.batch_size, c.train.accumulate, c.train.epochs) == (batch, accumulate, epochs)
-    assert c.optim.warmup_epochs == (20 if stage == "1k" else 5)
-    assert c.optim.layer_decay == (0.8 if stage == "22kto1k" else 1.0)
-    assert c.model.freeze_norm == (stage in ("22kto1k", "384", "512"))
-    assert (c.augment.mixup, c.augment.cutmix) == ((0.8, 1.0) if stage == "1k" else (0, 0))
-    assert c.eval.crop == ("square" if stage in ("384", "512") else "center")
-    assert c.model.drop_path == 0.1
+def test_finetune_asks_for_weights():
+    module = load(ROOT / "configs" / "finetune.py")
+    for trunk in ("decay", "frozen"):
+        with pytest.raises(configs.ConfigError, match=r"--config\.model\.init_from=''"):
+            configs.check(module.get_config(trunk))
+    with pytest.raises(configs.ConfigError, match="Write decay or frozen"):
+        module.get_config("thawed")
 
 
 @pytest.mark.parametrize(("key", "value"), [

@@ -37,7 +37,7 @@ def test_one_update(name, stage, folder, tmp_path):
     config.model.update({**shape, "init_from": ""})
     config.teacher.update({**shape, "epochs": min(config.teacher.epochs, 1), "batch_size": 8})
     if not config.teacher.epochs:
-        config.teacher.name = "test_capture:bright"
+        config.teacher.update({"name": "test_capture:bright", "weights": ""})
     config.store.update({"path": "", "passes": 1, "top_k": 2, "shard_views": 16,
                          "block_views": 8, "capture": True})
     config.train.batch_size = 2 * config.train.accumulate

@@ -80,7 +80,7 @@ def wrap_parallel(state):
 
 
 def wrap_trunk(state):
-    around = {"image_encoder.neck.0.weight": np.zeros(3), "mask_decoder.x": np.zeros(2)}
+    around = {"image_encoder.neck.0.weight": np.zeros(3), "mask_decoder.x.y": np.zeros(2)}
     return {f"image_encoder.{key}": value for key, value in state.items()} | around
 
 
@@ -88,11 +88,36 @@ def add_buffers(state):
     return state | {"layers.1.blocks.0.attn.attention_bias_idxs": np.zeros((16, 16), np.int64)}
 
 
-@pytest.mark.parametrize("wrap", [wrap_parallel, wrap_trunk, add_buffers])
+@pytest.mark.parametrize("wrap", [wrap_parallel, add_buffers])
 def test_wrappers_of_the_weights(model, variables, state, wrap, caplog):
     with caplog.at_level(logging.INFO):
         assert_same(tinyvit.from_torch(wrap(state), model), variables)
-    assert ("left out 2 arrays around the trunk" in caplog.text) == (wrap is wrap_trunk)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("layout", ["microsoft", "timm"])
+@pytest.mark.parametrize("with_head", [True, False])
+def test_trunk_of_a_segmentation_model(model, variables, layout, with_head, caplog):
+    """Its classifier, where there is one, was never used: it must not pass for a trained one."""
+    state = tinyvit.to_torch(variables, layout)
+    if not with_head:
+        heads = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
+        state = {key: value for key, value in state.items() if key not in heads}
+    state = wrap_trunk(state)
+    with caplog.at_level(logging.INFO):
+        trunk = tinyvit.from_torch(state, make_model(0))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left out {4 if with_head else 2} arrays around the trunk ("
+        f"{'image_encoder.head, ' if with_head else ''}image_encoder.neck, mask_decoder)"]
+    assert_same(trunk["params"], {k: v for k, v in variables["params"].items() if k != "head"})
+    assert_same(trunk["batch_stats"], variables["batch_stats"])
+    with pytest.raises(WeightsError, match=r'missing: head.*head="new".*num_classes=0|'
+                                           r'head="new".*num_classes=0.*missing: head'):
+        tinyvit.from_torch(state, model)
+    with caplog.at_level(logging.INFO):
+        fresh = tinyvit.from_torch(state, model, head="new")
+    assert "starts at zero: the weights had none" in caplog.text
+    assert not fresh["params"]["head"]["kernel"].any()
 
 
 def test_all_faults_come_at_once(model, state):
@@ -121,7 +146,8 @@ def test_head_of_other_classes(state, variables, caplog):
     with caplog.at_level(logging.INFO):
         loaded = tinyvit.from_torch(state, make_model(7), head="new")
     assert len(caplog.records) == 1
-    assert "do not fit 7 classes" in caplog.text
+    assert "classifier of 7 classes starts at zero: the weights had 5." in caplog.text
+    assert "--config.model.class_names=FILE" in caplog.text
     assert loaded["params"]["head"]["kernel"].shape == (32, 7)
     assert not loaded["params"]["head"]["kernel"].any()
     assert_same(loaded["params"]["layers_3"], variables["params"]["layers_3"])
@@ -131,11 +157,12 @@ def test_new_head_keeps_one_that_fits(model, variables, state):
     assert_same(tinyvit.from_torch(state, model, head="new"), variables)
 
 
-def test_trunk_alone_leaves_the_head_out(state):
-    trunk = make_model(0)
-    with pytest.raises(WeightsError, match=r"unused: head\.weight"):
-        tinyvit.from_torch(state, trunk)
-    assert "head" not in tinyvit.from_torch(state, trunk, head="new")["params"]
+@pytest.mark.parametrize("head", ["strict", "new"])
+def test_a_model_of_no_classes_leaves_the_head_out(state, head, caplog):
+    with caplog.at_level(logging.INFO):
+        assert "head" not in tinyvit.from_torch(state, make_model(0), head)["params"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out head.weight and head.bias: the model has no classifier"]
 
 
 def test_tables_are_resized_to_other_windows(state, variables, caplog):
@@ -171,6 +198,58 @@ def test_resizing_equals_torch(old, new):
 
 
 @pytest.mark.torch
+def test_a_chain_of_sizes_equals_torch(caplog):
+    """224 pixels to 384 and on to 512, with the windows of the original's recipes."""
+    torch = pytest.importorskip("torch")
+    models = [create_model("tiny_vit_21m_224", 5, size, embed_dims=SHAPE["embed_dims"],
+                           depths=SHAPE["depths"], num_heads=SHAPE["num_heads"])
+              for size in (224, 384, 512)]
+    assert [m.window_sizes for m in models] == [(7, 7, 14, 7), (12, 12, 24, 12), (16, 16, 32, 16)]
+    ours = make_variables(models[0])
+    expected = {}
+    with caplog.at_level(logging.INFO):
+        for model in models[1:]:
+            state = tinyvit.to_torch(ours)
+            ours = tinyvit.from_torch(state, model)
+            windows = dict(enumerate(model.window_sizes))
+            for key, table in state.items() if not expected else list(expected.items()):
+                if key.endswith("attention_biases"):
+                    heads, old = len(table), round(table.shape[1] ** 0.5)
+                    new = windows[int(key.split(".")[1])]
+                    expected[key] = torch.nn.functional.interpolate(
+                        torch.as_tensor(table).view(1, heads, old, old), (new, new),
+                        mode="bicubic").view(heads, new * new)
+    found = tinyvit.to_torch(ours)
+    assert len(expected) == 4
+    for key, table in expected.items():
+        np.testing.assert_allclose(found[key], table, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"resized 4 tables of attention biases to windows of {windows} tokens (bicubic)"
+        for windows in ("12, 24, 12", "16, 32, 16")]
+
+
+@pytest.mark.torch
+def test_a_resized_model_equals_torch(model):
+    """Whole: weights of windows 4 4 4 3 in a model of 6 5 2, the tables resized by torch itself."""
+    torch = pytest.importorskip("torch")
+    from reference import compare, torch_tinyvit
+
+    other = make_model(window_sizes=(4, 6, 5, 2))
+    theirs = torch_tinyvit.randomize(torch_tinyvit.TorchTinyViT(model))
+    small = {key: value.clone() for key, value in theirs.state_dict().items()}
+    loaded = tinyvit.from_torch({key: value.numpy() for key, value in small.items()}, other)
+    resized = torch_tinyvit.TorchTinyViT(other)
+    for key, table in small.items():
+        if key.endswith("attention_biases"):
+            heads, old = len(table), round(table.shape[1] ** 0.5)
+            new = other.window_sizes[int(key.split(".")[1])]
+            small[key] = torch.nn.functional.interpolate(
+                table.view(1, heads, old, old), (new, new), mode="bicubic").view(heads, new * new)
+    resized.load_state_dict(small, strict=True)
+    assert compare.compare_logits(resized.eval(), other, loaded) <= compare.TOLERANCE
+
+
+@pytest.mark.torch
 def test_strict_load_both_ways(model, variables, state):
     torch = pytest.importorskip("torch")
     import torch_tinyvit
@@ -178,6 +257,19 @@ def test_strict_load_both_ways(model, variables, state):
     theirs = torch_tinyvit.TorchTinyViT(model)
     theirs.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()}, strict=True)
     assert_same(torch_tinyvit.variables_of(theirs), variables)
+    back = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    assert_same(tinyvit.from_torch(back, model), variables)
+
+
+@pytest.mark.torch
+def test_strict_load_under_the_names_of_timm(model, variables):
+    """Names and shapes by themselves; timm's own class comes next, where it is installed."""
+    torch = pytest.importorskip("torch")
+    import torch_tinyvit
+
+    theirs = torch_tinyvit.TimmTinyViT(model)
+    state = tinyvit.to_torch(variables, "timm")
+    theirs.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()}, strict=True)
     back = {key: value.numpy() for key, value in theirs.state_dict().items()}
     assert_same(tinyvit.from_torch(back, model), variables)
 

@@ -11,15 +11,17 @@ PACKAGE = ROOT / "tinyvit_jax"
 NUMPY = {"numpy"}
 JAX = {"jax", "numpy"}
 GROUND = {"batch"}
-HOST = {"data.draws", "data.order", "data.rand_augment", "data.microsoft", "data.ops", "data.augment", "data.source", "data.folder",
-        "data.pack", "data.tfds", "data.images", "store.codec", "store.files", "store.manifest",
-        "store.store"}
+HOST = {"data.draws", "data.order", "data.ops", "data.rand_augment", "data.spec",
+        "data.microsoft", "data.augment", "data.source", "data.folder",
+        "data.pack", "data.tfds", "data.images", "data.finder", "data.labels",
+        "store.codec", "store.files", "store.manifest", "store.blocks", "store.store",
+        "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
-          "models.clip"}
-WEIGHTS = {"convert", "convert.files", "convert.resize", "convert.shape", "convert.tinyvit",
-           "convert.clip", "checkpoint", "weights", "log"}
-MIDDLE = WEIGHTS | {"evaluate", "capture", "plots", "config"}
+          "models.clip", "models.cost"}
+WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
+           "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "weights", "log"}
+MIDDLE = WEIGHTS | {"evaluate", "capture", "report", "measure", "plots", "config"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
@@ -31,24 +33,32 @@ FLOORS = {
     "plots": ({"log"}, NUMPY | {"matplotlib"}),
     "cli": ({"config", "log"}, {"absl", "ml_collections", "jax"}),
     "data.draws": (set(), NUMPY),
-    "data.order": ({"data.draws"}, NUMPY),
+    "data.order": ({"data.draws", "store.manifest", "store.store"}, NUMPY),
     "data.ops": (set(), NUMPY | {"cv2"}),
-    "data.augment": ({"data.draws", "data.ops", "data.rand_augment", "data.microsoft"}, NUMPY),
+    "data.spec": ({"data.rand_augment"}, set()),
+    "data.augment": ({"data.draws", "data.ops", "data.rand_augment", "data.microsoft",
+                      "data.spec"}, NUMPY),
     "data.rand_augment": ({"data.draws", "data.ops"}, NUMPY),
-    "data.microsoft": ({"data.ops", "data.rand_augment"}, NUMPY | {"PIL"}),
+    "data.microsoft": ({"data.ops", "data.rand_augment", "data.spec"}, NUMPY | {"PIL"}),
     "data.source": ({"data.draws"}, NUMPY),
+    "data.finder": ({"data.source"}, NUMPY),
+    "data.labels": ({"data.source"}, NUMPY),
     "data.folder": ({"data.source"}, NUMPY),
     "data.pack": ({"data.source", "data.ops"}, NUMPY | {"array_record"}),
-    "data.tfds": ({"data.source"}, {"tensorflow_datasets"}),
+    "data.tfds": ({"data.source"}, NUMPY | {"tensorflow_datasets"}),
     "data.images": ({"data.source", "data.folder", "data.pack", "data.tfds"}, set()),
     "data.pipeline": (GROUND | HOST, NUMPY | {"grain", "absl"}),
     "store.codec": (set(), NUMPY),
     "store.files": (set(), set()),
     "store.manifest": ({"store.codec", "store.files"}, set()),
-    "store.store": ({"store.codec", "store.files", "store.manifest"}, NUMPY | {"array_record"}),
+    "store.blocks": ({"store.codec", "store.manifest"}, NUMPY | {"array_record"}),
+    "store.store": ({"store.blocks", "store.codec", "store.files", "store.manifest"},
+                    NUMPY | {"array_record"}),
+    "store.microsoft": ({"store.codec", "store.manifest"}, NUMPY),
     "models": (DEVICE, JAX | {"flax"}),
     "models.layers": (DEVICE, JAX | {"flax"}),
     "models.tinyvit": (DEVICE, JAX | {"flax"}),
+    "models.cost": (DEVICE, JAX | {"flax"}),
     "models.clip": (DEVICE, JAX | {"flax"}),
     "objectives": (DEVICE, JAX | {"ml_collections"}),
     "objectives.supervised": (DEVICE, JAX),
@@ -58,17 +68,23 @@ FLOORS = {
     "optim": (DEVICE, JAX | {"optax", "ml_collections"}),
     "convert": (WEIGHTS, NUMPY),
     "convert.files": (WEIGHTS, NUMPY | {"torch", "safetensors"}),
+    "convert.pickles": (set(), NUMPY),
     "convert.resize": (WEIGHTS, NUMPY),
     "convert.shape": (WEIGHTS, set()),
     "convert.tinyvit": (WEIGHTS, NUMPY),
     "convert.clip": (WEIGHTS, NUMPY),
+    "convert.tree": (set(), NUMPY),
     "checkpoint": (set(), {"jax", "orbax"}),
     "weights": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
     "evaluate": (DEVICE, JAX),
+    "report": ({"log", "evaluate"}, NUMPY),
+    "measure": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
+    "importing": ({"log"} | HOST, NUMPY),
     "capture": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "train": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"optax", "ml_collections"}),
     "recipe": (MIDDLE | DEVICE | HOST | {"data.pipeline", "train"}, JAX | {"ml_collections"}),
-    "main": ({"cli", "recipe"}, {"absl", "jax"}),
+    "benchmark": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
+    "main": ({"cli", "recipe", "benchmark"}, {"absl", "jax"}),
 }
 ONE_PLACE = {"grain": "data.pipeline", "orbax": "checkpoint", "matplotlib": "plots",
              "cv2": "data.ops", "tensorflow_datasets": "data.tfds", "optax": ("optim", "train"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvit_jax.data import images, ops, source
+from tinyvit_jax.data import images, labels, ops, source
 from tinyvit_jax.data.images import SourceError, open_source
 
 
@@ -235,6 +235,32 @@ def make_tfds(data_dir: Path, splits: dict[str, int], without: str = "",
     TinyShapes(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
 
 
+def make_imagenet(data_dir: Path, set_name: str, split: str, examples: list[dict],
+                  version: str = "1.0.0", config: str = "") -> None:
+    """Prepares images under the name, the features and the classes of a set that tfds knows."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    known = tfds.builder(f"{set_name}/{config}".rstrip("/"), data_dir=str(data_dir))
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = set_name
+        VERSION = tfds.core.Version(version)
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, description="as known",
+                                         features=known.info.features)
+
+        def _split_generators(self, _):
+            return {split: self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, fields in enumerate(examples):
+                yield i, {"image": io.BytesIO(png(i)), "file_name": f"{i}.JPEG", **fields}
+
+    options = {"config": config} if config else {}
+    Builder(data_dir=str(data_dir), file_format="array_record", **options).download_and_prepare()
+
+
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tfds")
@@ -324,6 +350,51 @@ def test_tfds_without_labels(tmp_path):
     make_tfds(tmp_path, {"train": 3}, without="label")
     with pytest.raises(SourceError, match=r"features image and label.*found file_name"):
         open_source("tfds:tiny_shapes", "train", str(tmp_path))
+
+
+REAL = [([3], 3), ([], 5), ([999, 0], 7), ([4, 8, 6], 8)]  # its labels and the one it came with
+
+
+def test_tfds_real_has_several_labels_or_none(tmp_path):
+    make_imagenet(tmp_path, "imagenet2012_real", "validation", [
+        {"original_label": own, "real_label": several} for several, own in REAL])
+    held = open_source("tfds:imagenet2012_real", "eval", str(tmp_path))
+    assert len(held.class_names) == 1000
+    found = {e.key: (e.labels, e.label) for e in held.read(range(4))}
+    assert found == {"0.JPEG": ((3,), 3), "1.JPEG": ((), 5),
+                     "2.JPEG": ((0, 999), 0),  # the class it came with is not right
+                     "3.JPEG": ((4, 6, 8), 8)}
+    assert labels.has_several(held)
+    table = labels.read_labels(held)
+    assert table.shape == (4, 3)
+    assert sorted(map(tuple, table.tolist())) == [(-1, -1, -1), (0, 999, -1), (3, -1, -1),
+                                                  (4, 6, 8)]
+    assert held.split == "validation"
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(("name", "version", "config"), [
+    ("imagenet_a", "0.1.0", ""), ("imagenet_r", "0.2.0", ""), ("imagenet_sketch", "1.0.0", ""),
+    ("imagenet_v2", "3.0.0", "matched-frequency"),
+    ("imagenet_v2", "3.0.0", "threshold-0.7"), ("imagenet_v2", "3.0.0", "topimages")])
+def test_tfds_sets_beside_imagenet_have_a_test_split(tmp_path, name, version, config):
+    make_imagenet(tmp_path, name, "test", [{"label": i} for i in (7, 7, 999)], version, config)
+    full = f"tfds:{name}/{config}".rstrip("/")
+    held = open_source(full, "eval", str(tmp_path))
+    assert sorted(e.label for e in held.read(range(3))) == [7, 7, 999]
+    assert (held.split, len(held.class_names)) == ("test", 1000)
+    assert not labels.has_several(held)
+    assert np.flatnonzero(labels.find_present(labels.read_labels(held), 1000)).tolist() == [7, 999]
+    present_only = name in ("imagenet_a", "imagenet_r")
+    assert labels.scores_present_only("auto", full) == present_only
+    assert labels.scores_present_only("auto", f"{full}:{version}") == present_only
+
+
+def test_which_classes_compete():
+    assert labels.scores_present_only("present", "embedded")
+    assert not labels.scores_present_only("all", "tfds:imagenet_a")
+    assert not labels.scores_present_only("auto", "tfds:imagenet_a_of_mine")
+    assert not labels.scores_present_only("auto", "folder:imagenet_a")
 
 
 def test_opening_a_set_loads_nothing_heavy():

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from tinyvit_jax import config as configs
-from tinyvit_jax import optim
+from tinyvit_jax import models, optim
 
 
 def section(**changes):
@@ -66,6 +66,17 @@ def test_layer_scales():
     assert scale["norm_head"]["bias"] == scale["head"]["kernel"] == 1.0
 
 
+def test_layer_scales_of_a_clip():
+    model = models.create_model("clip_vit", 3, 8, patch_size=4, embed_dims=(8,), depths=(3,),
+                                num_heads=(1,), embed_dim=4)
+    visual = optim.layer_scales(model.variable_shapes()["params"], 0.5, (3,))["visual"]
+    blocks = visual["transformer"]
+    assert [blocks[f"resblocks_{i}"]["ln_1"]["bias"] for i in range(3)] == [0.25, 0.5, 1.0]
+    for name in ("class_embedding", "positional_embedding"):
+        assert visual[name] == visual["conv1"]["kernel"] == visual["ln_pre"]["bias"] == 0.25
+    assert visual["proj"] == visual["ln_post"]["bias"] == 1.0
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_updates_follow_torch_adamw(clip):
@@ -75,7 +86,7 @@ def test_updates_follow_torch_adamw(clip):
              "bias": g.normal(size=3).astype(np.float32)}
     c = section(learning_rate=0.01, weight_decay=0.1, clip_norm=clip)
     tree = {"head": jax.tree.map(jnp.asarray, start)}
-    tx = optim.make_optimizer(c, tree, (1,))
+    tx = optim.make_optimizer(c, tree)
     state = tx.init(tree)
     own = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
     adam = torch.optim.AdamW([{"params": [own["kernel"]], "weight_decay": 0.1},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tinyvit_jax.data import ops, pack
-from tinyvit_jax.data.images import SourceError, open_source
+from tinyvit_jax.data.images import Example, SourceError, open_source
 
 TOOL = Path(__file__).parents[1] / "tools/pack_images.py"
 
@@ -227,3 +227,17 @@ def test_packing_twice_gives_the_same_bytes(tool, tree, tmp_path):
         tool.main([f"--source={tree}", f"--out={out}"])
     for path in outs[0].iterdir():
         assert path.read_bytes() == (outs[1] / path.name).read_bytes()
+
+
+def test_several_labels_do_not_go_into_a_pack(tmp_path):
+    class Several:
+        class_names = ("a", "b")
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            return Example("it", ops.encode_jpeg(picture(0)), 0, (0, 1))
+
+    with pytest.raises(SourceError, match="it has several labels, and a pack keeps one"):
+        pack.write_pack(tmp_path / "pack", {"eval": Several()}, pack.PackSettings(), None)

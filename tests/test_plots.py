@@ -1,7 +1,8 @@
 import cv2
 import numpy as np
 
-from tinyvit_jax import plots
+from tinyvit_jax import evaluate, plots, report
+from tinyvit_jax.evaluate import Judged
 
 
 def test_curves_of_two_runs(tmp_path):
@@ -20,3 +21,26 @@ def test_views_are_drawn_in_their_colours(tmp_path):
     plots.plot_views(pixels, [f"label: {i}" for i in range(7)], tmp_path / "views.png")
     picture = cv2.imread(str(tmp_path / "views.png"))
     assert (picture == (0, 0, 255)).all(-1).mean() > 0.2
+
+
+def draw_report(classes, path):
+    label = np.arange(classes * 6) % classes
+    rank = (np.arange(classes * 6) % 7 > 4).astype(np.int32)
+    predicted = np.where(rank == 0, label, (label + 1) % classes)
+    judged = Judged(label, predicted, np.linspace(0.2, 1, len(label)), rank, rank * 1.0)
+    made = {"source": "tfds:a_$et", "split": "test", **evaluate.score(judged),
+            **report.make_report(judged, tuple(f"class $_{i}^ of a long name" for i in
+                                               range(classes)))}
+    plots.plot_report(made, report.count_confusion(judged), path)
+    return cv2.imread(str(path))
+
+
+def test_a_report_of_few_and_of_many_classes(tmp_path):
+    """The blue of a confusion matrix' diagonal is in the left third for few classes alone."""
+    few, many = (draw_report(n, tmp_path / f"{n}.png") for n in (3, 31))
+    for picture in (few, many):
+        assert picture.shape[1] > 2 * picture.shape[0]
+    left_few, left_many = (p[:, :p.shape[1] // 3].astype(int) for p in (few, many))
+    assert ((left_few[..., 0] - left_few[..., 2]) > 60).mean() > 0.1
+    assert ((left_many[..., 0] - left_many[..., 2]) > 60).mean() < 0.01
+    assert ((left_many[..., 2] - left_many[..., 0]) > 60).mean() > 0.1  # bars, orange

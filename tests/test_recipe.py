@@ -129,6 +129,29 @@ def test_evaluate_predict_convert_and_check(folder, finished, tmp_path):
     assert "store is good" in checked.stdout
 
 
+def test_fine_tuning_in_one_command(folder, finished, tmp_path):
+    """From the exported PyTorch file, at another size, to other classes of the same images."""
+    names = tmp_path / "names.txt"
+    names.write_text("blobs\nstripes\nwaves\n")  # two of the three classes go by name
+    done = run("--config=configs/finetune.py:frozen", f"--workdir={tmp_path / 'run'}",
+               f"--config.data.source=folder:{folder}",
+               f"--config.model.init_from={finished[0] / 'student.safetensors'}",
+               f"--config.model.class_names={names}", "--config.model.image_size=24",
+               "--config.model.stem_strides=(2,1)", "--config.model.window_sizes=(6,6,6,6)",
+               "--config.train.batch_size=8", "--config.train.epochs=1", "--config.data.threads=2")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {"top1", "top5", "top1_before", "top5_before"} <= set(result)
+    assert "before training" in done.stdout
+    assert "resized 3 tables of attention biases to windows of 6, 6, 6 tokens" in done.stderr
+    assert "The classifier has 2 of 3 classes by name" in done.stderr
+    before, after = (weights.load_run(path).variables["params"] for path in (
+        finished[0], tmp_path / "run"))
+    assert before.keys() == after.keys()
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and bool((a == b).all()), before, after)
+    assert all(jax.tree.leaves(same["patch_embed"]))
+    assert not any(jax.tree.leaves(same["head"]))
+
+
 def test_estimate_says_what_a_capture_takes(folder, tmp_path):
     done = run(f"--config={CONFIG}:{folder}", f"--workdir={tmp_path}", "--estimate",
                tool="tools/save_logits.py")

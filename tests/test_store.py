@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -184,7 +185,7 @@ def test_damage_anywhere_in_a_shard_is_found_and_never_read(store):
 def test_a_damaged_block_is_named(store):
     """The container's own checksums are taken out of the way: the block's must do."""
     shard = store.shards()[3]
-    reader = stores._Reader(shard_file(store, shard))
+    reader = stores.Reader(shard_file(store, shard))
     records = [reader.read(i) for i in range(reader.count)]
     records[2] = records[2][:-1] + bytes([records[2][-1] ^ 1])
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -346,7 +347,9 @@ def test_manifest_is_read_as_it_was_written(store):
     assert stores.open_store(store.path).manifest == store.manifest
     text = (store.path / "manifest.json").read_text()
     assert json.loads(text)["class_names"] == list(CLASSES)
-    assert len(text.splitlines()) == len(dataclasses.fields(stores.Manifest)) + 2
+    assert list(json.loads(text)) == [
+        *(f.name for f in dataclasses.fields(stores.Manifest)
+          if f.name not in ("class_names", "keys", "origin")), "format_version", "class_names"]
 
 
 CHANGES = [
@@ -415,7 +418,7 @@ def test_a_manifest_that_cannot_work_is_refused(tmp_path, field, value):
 
 @pytest.mark.parametrize(("text", "message"), [
     (None, "no manifest.json"), ("{", "is not a manifest"), ("[]", "is not a manifest"),
-    ('{"format_version": 1}', "is not a manifest"), ('{"format_version": 2}', "format 2"),
+    ('{"format_version": 1}', "is not a manifest"), ('{"format_version": 3}', "format 3"),
 ])
 def test_half_made_stores_are_explained(tmp_path, text, message):
     if text is not None:
@@ -464,3 +467,132 @@ def test_estimate_is_an_upper_bound(tmp_path, k, classes, mode):
     expected = stores.estimate(views, k, classes, shard_views=2048, mode=mode)
     assert store.bytes_per_view() * views <= expected
     assert stores.estimate(100 * 16384, k, classes) > 99 * stores.estimate(16384, k, classes)
+
+
+GOLDEN = {
+    "compact": ("704138a7731b3e5dc43d42f7925a1903a0fff7bbacc9549d7b19795afb5df546",
+                "6d279515a4f655c7cca6966ea7e62fbb33796750ff829adb9071f9b3d7eafd1e"),
+    "float16": ("d86ec5e982f9fba3032a1e1ad02258391bc1e4db402e21c7df1e149c09eeb0c5",
+                "f0a76cdaf19cc235934dea751301392f83e3e85aa8138d468b0132c13d1e471b"),
+}
+
+
+@pytest.mark.parametrize("mode", ["compact", "float16"])
+def test_golden_formula_store(tmp_path, mode):
+    """Frozen: every record and the manifest are what the first release wrote, byte for byte."""
+    store = fill(stores.create_store(tmp_path, make_manifest(codec=mode)))
+    records = hashlib.sha256()
+    for shard in store.shards():
+        reader = stores.Reader(shard_file(store, shard))
+        for number in range(reader.count):
+            records.update(reader.read(number))
+    manifest = hashlib.sha256((tmp_path / "manifest.json").read_bytes())
+    assert (records.hexdigest(), manifest.hexdigest()) == GOLDEN[mode]
+
+
+@pytest.fixture
+def keyed(tmp_path):
+    """A complete store that keeps its keys."""
+    return fill(stores.create_store(tmp_path / "keyed", make_manifest(
+        codec="float16", keys="stored", origin={"format": "other"})))
+
+
+def test_stored_keys_come_back_from_every_range(keyed):
+    fresh = stores.open_store(keyed.path)
+    assert fresh.verify() == []
+    assert fresh.manifest == keyed.manifest
+    assert fresh.manifest.format_version == 2
+    for start in range(45):
+        for stop in range(start + 1, 46):
+            keys, _, _ = targets(start % 2, start, stop)
+            image, seed = fresh.keys(start % 2, start, stop)
+            assert (image.dtype, seed.dtype) == (np.int64, np.uint32)
+            np.testing.assert_array_equal(image, keys[0])
+            np.testing.assert_array_equal(seed, keys[1])
+    check_range(fresh, 1, 3, 45)
+    with pytest.raises(stores.StoreError, match=r"2 passes of 45 views\.$"):
+        fresh.keys(2, 0, 1)
+
+
+@pytest.mark.parametrize("images", [1 << 32, (1 << 32) + 1, 1 << 40])
+def test_the_largest_stored_keys_come_back(tmp_path, images):
+    m = make_manifest(keys="stored", views_per_pass=4, passes=1,
+                      image_set={**FIELDS["image_set"], "images": images})
+    store = stores.create_store(tmp_path, m)
+    keys = np.array([0, images - 1, 255, 1 << 16]), np.array([0, (1 << 32) - 1, 1 << 31, 7])
+    _, index, prob = targets(0, 0, 4)
+    store.write_shard(store.shards()[0], [(keys, index, prob)])
+    for wanted, found in zip(keys, store.keys(0, 0, 4), strict=True):
+        assert wanted.tolist() == found.tolist()
+
+
+@pytest.mark.parametrize(("which", "value", "message"), [
+    (0, 45, r"view 2 .*image index must lie in \[0, 45\), found 45"),
+    (0, -1, "image index.*found -1"), (1, 1 << 32, "view seed.*found 4294967296")])
+def test_keys_that_cannot_be_stored_are_refused(tmp_path, which, value, message):
+    store = stores.create_store(tmp_path, make_manifest(keys="stored"))
+    contents = list(blocks(store, store.shards()[0]))
+    keys = [part.astype(np.int64) for part in contents[0][0]]
+    keys[which][2] = value
+    with pytest.raises(ValueError, match=message):
+        store.write_shard(store.shards()[0], [(tuple(keys), *contents[0][1:]), *contents[1:]])
+
+
+def test_changed_keys_are_named_though_every_other_checksum_fits(keyed):
+    """A shard written anew with one key flipped behind the back of its digest."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    shard = keyed.shards()[3]
+    reader = stores.Reader(shard_file(keyed, shard))
+    records = [bytearray(reader.read(i)) for i in range(reader.count)]
+    records[1][8 + 2] ^= 1  # the low byte of the third view's image index
+    writer = ArrayRecordWriter(str(shard_file(keyed, shard)), "group_size:1")
+    for record in records:
+        writer.write(bytes(record))
+    writer.close()
+    fresh = stores.open_store(keyed.path)
+    with pytest.raises(stores.StoreError, match=r"pass 1, shard 0 .*block 1: .*digest of its keys"):
+        fresh.keys(1, 4, 8)
+    assert any("pass 1, shard 0, block 1" in problem for problem in fresh.verify())
+
+
+def test_a_store_by_formula_has_no_keys_to_give(store):
+    with pytest.raises(stores.StoreError, match="keys=formula"):
+        store.keys(0, 0, 1)
+
+
+def test_other_views_of_a_store_with_keys_are_refused(keyed):
+    image, seed = targets(0, 0, 45)[0]
+    keyed.read(0, 0, 45, (image, seed))
+    with pytest.raises(stores.StoreError, match=r"block 0 .*other views.*follow_store"):
+        keyed.read(0, 0, 45, (image[::-1], seed[::-1]))
+
+
+def test_what_an_imported_store_lacks_is_imported(keyed):
+    os.remove(shard_file(keyed, keyed.shards()[0]))
+    with pytest.raises(stores.StoreError, match=r"missing. Make it with: .*import_store\.py"):
+        stores.open_store(keyed.path).keys(0, 0, 4)
+    assert [str(s) for s in keyed.missing()] == ["pass 0, shard 0"]
+    assert fill(keyed).verify() == []
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"keys": "none"}, "keys='none'.*formula, stored"),
+    ({"keys": "stored", "image_set": {"name": "x"}}, "image_set=.*number of images"),
+    ({"origin": {"format": "other"}}, "origin=.*formula gives the keys")])
+def test_manifests_about_keys_that_cannot_work(tmp_path, changes, message):
+    with pytest.raises(stores.StoreError, match=message):
+        stores.create_store(tmp_path / "new", make_manifest(**changes))
+
+
+def test_the_kind_of_keys_is_compared(keyed):
+    with pytest.raises(stores.StoreError, match=r"keys is 'stored' in the store, 'formula' here"):
+        stores.create_store(keyed.path, make_manifest(codec="float16"))
+
+
+def test_estimate_counts_stored_keys(tmp_path):
+    m = make_manifest(keys="stored")
+    assert stores.blocks.key_bytes(m) == 8
+    assert stores.blocks.key_bytes(make_manifest()) == 0
+    plain = stores.estimate(1000, 3, 20)
+    assert stores.estimate(1000, 3, 20, key_bytes=8) == plain + 8000

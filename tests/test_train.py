@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tinyvit_jax import checkpoint, log, optim, train
+from tinyvit_jax import checkpoint, log, optim, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import augment, pipeline
 
@@ -101,7 +101,7 @@ def step_once(config, data, batch):
         return 0.01
 
     def make_tx(params):
-        return optim.make_optimizer(config.optim, params, model.depths)
+        return optim.make_optimizer(config.optim, params)
 
     state = meshes.put_state(train.init_state(config, model, make_tx), mesh)
     step = train.make_train_step(config, model, make_tx(state.params), schedule, mesh)
@@ -135,13 +135,39 @@ def test_micro_batches_keep_pairs_and_their_mixing():
     assert parts["box"].shape == (2, 2, 4)
 
 
+def test_fine_tuning_the_head_alone(folder, tmp_path, monkeypatch):
+    """Nothing else moves, and the accuracy before is measured once, though the run was killed."""
+    c = make_config(folder, **{"model.trainable": "head", "optim.weight_decay": 0.5})
+    data = train.open_data(c)
+    model = train.make_student(c, data)
+    state = train.init_state(c, model, lambda p: optim.make_optimizer(c.optim, p))
+    start = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    c.model.init_from = str(tmp_path / "start")
+    weights.save_trained(weights.Trained(model, start, data.train.class_names, c.data.mean,
+                                         c.data.std, "center", 1.0), c.model.init_from)
+    with monkeypatch.context() as m:
+        kill_after(m, 4)
+        with pytest.raises(Killed):
+            train.fit(c, tmp_path / "run", data)
+    result = train.fit(c, tmp_path / "run", data)
+    final = final_state(tmp_path / "run")
+    assert_equal({**start["params"], "head": 0}, {**final["params"], "head": 0})
+    assert_equal(start["batch_stats"], final["batch_stats"])
+    assert (start["params"]["head"]["kernel"] != final["params"]["head"]["kernel"]).any()
+    lines = log.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m["step"] for m in lines].count(0) == 1
+    expected = train.make_evaluator(c, model, data.eval, None, meshes.make_mesh())(start)
+    assert result["top1_before"] == lines[0]["eval_top1"] == expected["top1"]
+    assert result["top5_before"] == expected["top5"]
+
+
 def test_a_non_finite_update_is_skipped(folder):
     c = make_config(folder, **{"optim.ema": 0.5})
     data = train.open_data(c)
     batch = one_batch(c, data)
     batch["lam"] = np.full(4, np.nan, np.float32)
     model = train.make_student(c, data)
-    before = train.init_state(c, model, lambda p: optim.make_optimizer(c.optim, p, model.depths))
+    before = train.init_state(c, model, lambda p: optim.make_optimizer(c.optim, p))
     after = step_once(c, data, one_batch(c, data))[0]
     state, metrics = step_once(c, data, batch)
     assert int(state.step) == 1

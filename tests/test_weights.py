@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
+from tinyvit_jax import config as configs
 from tinyvit_jax import weights
 from tinyvit_jax.convert import files, shape, tinyvit
 
@@ -86,12 +87,101 @@ def test_a_new_head_goes_by_class_names(trained, tmp_path, caplog):
     assert "3 of 5 classes by name" in caplog.text
 
 
-def test_a_head_without_a_shared_name_starts_at_zero(trained, tmp_path):
+def test_a_head_without_a_shared_name_starts_at_zero(trained, tmp_path, caplog):
     weights.save_trained(trained, tmp_path / "run")
-    found = weights.load_weights(tmp_path / "run", make_model(), "new", ("a", "b", "c"))
+    with caplog.at_level("INFO", logger="tinyvit_jax"):
+        found = weights.load_weights(tmp_path / "run", make_model(), "new", ("a", "b", "c"))
+    assert "0 of 3 classes by name; 3 were not trained (a, b, c), so it starts at" in caplog.text
     assert not found["params"]["head"]["kernel"].any()
     np.testing.assert_array_equal(found["params"]["norm_head"]["scale"],
                                   trained.variables["params"]["norm_head"]["scale"])
+
+
+@pytest.mark.parametrize("layout", ["microsoft", "timm"])
+def test_a_files_head_goes_by_the_names_given_with_it(trained, tmp_path, caplog, layout):
+    """And its bias tables by the windows: one logged line for each."""
+    path = tmp_path / "w.safetensors"
+    files.write_state(path, tinyvit.to_torch(trained.variables, layout))
+    wanted = ("new", "stripes", "blobs", "other")
+    with caplog.at_level("INFO", logger="tinyvit_jax"):
+        found = weights.load_weights(path, make_model(4, window_sizes=(4, 6, 3, 2)), "new", wanted,
+                                     trained_names=tiny.CLASSES)
+    assert [record.getMessage() for record in caplog.records] == [
+        "resized 2 tables of attention biases to windows of 6, 3, 2 tokens (bicubic)",
+        "The classifier has 2 of 4 classes by name; 2 were not trained (new, other) and take the "
+        "others' mean."]
+    old = trained.variables["params"]["head"]
+    for leaf, rows in found["params"]["head"].items():
+        np.testing.assert_array_equal(rows[..., [1, 2]], old[leaf][..., [2, 0]])
+        np.testing.assert_allclose(rows[..., 0], old[leaf][..., [0, 2]].mean(-1), rtol=1e-5)
+        np.testing.assert_array_equal(rows[..., 0], rows[..., 3])
+
+
+def test_a_files_head_without_names_says_how_to_give_them(trained, tmp_path, caplog):
+    path = tmp_path / "w.safetensors"
+    files.write_state(path, tinyvit.to_torch(trained.variables))
+    with caplog.at_level("INFO", logger="tinyvit_jax"):
+        found = weights.load_weights(path, make_model(5), "new", tuple("abcde"))
+    assert not found["params"]["head"]["kernel"].any()
+    assert len(caplog.records) == 1
+    assert "had 3" in caplog.text
+    assert "--config.model.class_names=FILE" in caplog.text
+    with pytest.raises(weights.WeightsError, match=r"holds 2 names \(x, y \.\.\.\).*has 3 classes"):
+        weights.load_weights(path, make_model(5), "new", tuple("abcde"), trained_names=("x", "y"))
+    with pytest.raises(weights.WeightsError, match=r"class_names holds 1 names.*has 5 classes"):
+        weights.load_weights(path, make_model(5), "new", ("a",), trained_names=tiny.CLASSES)
+
+
+def test_class_names_are_one_a_line(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("great white shark\n b \n\nc\n", encoding="utf-8")
+    assert weights.read_class_names(path) == ("great white shark", "b", "c")
+    assert weights.read_class_names(path, 3) == ("great white shark", "b", "c")
+    with pytest.raises(weights.WeightsError, match=r"3 names \(great white .*4 classes"):
+        weights.read_class_names(path, 4)
+    with pytest.raises(weights.WeightsError, match=r"nowhere\.txt does not exist"):
+        weights.read_class_names(tmp_path / "nowhere.txt")
+
+
+def test_the_originals_list_of_indices(tmp_path):
+    indices = [3 * i + 5 for i in range(1000)]
+    indices[7] = -1
+    ids = tuple(f"n{i:08d}" for i in range(1000))
+    path = tmp_path / "imagenet_1kto22k.txt"
+    path.write_text("\n".join(map(str, indices)))
+    names = weights.read_class_names(path, imagenet_names=ids)
+    assert len(names) == 21841
+    assert [names[i] for i in (5, 8, 26, 29, 3002)] == [ids[0], ids[1], "class 26", ids[8],
+                                                        ids[999]]
+    assert sum(name.startswith("n") for name in names) == 999
+    assert weights.read_class_names(path, 21841, ids) == names
+    with pytest.raises(weights.WeightsError, match="not what they are called: 0 names"):
+        weights.read_class_names(path, 21841)
+    with pytest.raises(weights.WeightsError, match="2000 classes: its largest index is 3002"):
+        weights.read_class_names(path, 2000, ids)
+    path.write_text("\n".join(map(str, range(1000))))
+    assert weights.read_class_names(path) == tuple(map(str, range(1000)))  # names that are numbers
+
+
+@pytest.mark.torch
+def test_from_22k_to_1k_as_the_original_does(tmp_path):
+    """Its rule on its own list, in torch: the rows, their mean at the end, indexed by the list."""
+    torch = pytest.importorskip("torch")
+    generator = np.random.default_rng(0)
+    mapping = torch.tensor(generator.permutation(21841)[:1000])
+    mapping[13] = -1
+    head = {"kernel": generator.normal(size=(4, 21841)).astype(np.float32),
+            "bias": generator.normal(size=21841).astype(np.float32)}
+    path = tmp_path / "list.txt"
+    path.write_text("".join(f"{i}\n" for i in mapping.tolist()))
+    ids = tuple(f"n{i:08d}" for i in range(1000))
+    found = weights.map_head({"params": {"head": head}},
+                             weights.read_class_names(path, imagenet_names=ids), ids)
+    for leaf, value in head.items():
+        rows = torch.from_numpy(value.T)
+        mean = rows[mapping[mapping != -1]].mean(0, keepdim=True)
+        expected = torch.cat([rows, mean])[mapping]
+        np.testing.assert_allclose(found["params"]["head"][leaf].T, expected, atol=1e-6)
 
 
 def test_the_hash_is_of_the_numbers(trained):
@@ -107,3 +197,44 @@ def test_what_is_no_run(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(weights.WeightsError, match=f"{name}.*(does not exist|is not the workdir)"):
         weights.open_trained(tmp_path / name)
+
+
+def test_another_size_keeps_the_windows_share(trained, tmp_path):
+    """From a run and from a file: the same tables, which are torch's resize of the trained ones."""
+    weights.save_trained(trained, tmp_path / "run")
+    resized = weights.load_run(tmp_path / "run", image_size=64)
+    assert resized.model.image_size == 64
+    assert resized.model.window_sizes == (8, 8, 6, 4)
+    expected = weights.load_weights(tmp_path / "run", make_model(window_sizes=(8, 8, 6, 4)))
+    jax.tree.map(np.testing.assert_array_equal, resized.variables, expected)
+    assert weights.resize(resized, 0) is weights.resize(resized, 64) is resized
+
+
+@pytest.mark.parametrize(("name", "size"), [("tiny_vit_5m_224", 224), ("tiny_vit_21m_384", 384),
+                                            ("tiny_vit_21m_512", 512),
+                                            ("clip_vit_large14_224", 224)])
+def test_a_variants_size_is_known_by_its_shape(name, size):
+    model = weights.models.create_model(name, 7)
+    assert weights.models.find_image_size(model) == size
+
+
+def test_other_shapes_tell_no_size(trained):
+    assert weights.models.find_image_size(trained.model) == 0
+    small = weights.models.create_model("tiny_vit_5m_224", 7, 64, stem_strides=(1, 1),
+                                        window_sizes=(7, 7, 14, 7))
+    assert weights.models.find_image_size(small) == 0
+
+
+def test_a_section_without_a_name_takes_the_weights_shape(trained, tmp_path):
+    weights.save_trained(trained, tmp_path / "run")
+    section = configs.default().model
+    section.update({"name": "", "init_from": str(tmp_path / "run"), "image_size": 64})
+    whole = weights.complete(section)
+    assert (whole.name, whole.image_size, whole.num_classes) == ("tiny_vit", 64, 0)
+    assert {key: whole[key] for key in SHAPE} == SHAPE | {"window_sizes": (8, 8, 6, 4)}
+    section.window_sizes = (5, 5, 5, 5)
+    assert weights.complete(section).window_sizes == (5, 5, 5, 5)
+    assert weights.make_model(section, 9).num_classes == 9
+    assert section.name == ""
+    named = configs.default().model
+    assert weights.complete(named) is named

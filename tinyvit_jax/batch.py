@@ -14,6 +14,7 @@ class Batch(TypedDict):
     image: np.ndarray  # uint8 [B, H, W, 3], RGB, replayed and not yet normalised
     label: np.ndarray  # int32 [B]
     weight: np.ndarray  # float32 [B], 1 for a real row and 0 for padding
+    labels: NotRequired[np.ndarray]  # int32 [B, M], every right class, filled up with -1
     index: NotRequired[np.ndarray]  # int32 [B, K], the teacher's top classes
     prob: NotRequired[np.ndarray]  # float32 [B, K], their probabilities, descending
     lam: NotRequired[np.ndarray]  # float32 [B/2], weight of the own label of both rows of a pair

@@ -68,8 +68,20 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("TINYVIT_TRACEBACK"):
             raise
-        print(f"error: {_explain(error)}", file=sys.stderr, flush=True)
-        os._exit(1)  # threads that prepare batches or read files would go on, and report in turn
+        _fail(f"error: {_explain(error)}\n")
+
+
+def _fail(message: str) -> None:
+    """Ends the process with a message that nothing follows.
+
+    Threads that prepare batches or read files would go on, and report in turn.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.write(terminal, message.encode())
+    os._exit(1)
 
 
 def _parse(argv: list[str]) -> list[str]:

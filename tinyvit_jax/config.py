@@ -41,7 +41,7 @@ def default() -> ml_collections.ConfigDict:
     a.ratio = (3 / 4, 4 / 3)  # its aspect ratio
     a.pad = 4  # pixels of zero padding around an image of "small" before its crop
     a.flip = 0.5  # probability of a horizontal flip
-    a.rand_augment = "rand-m9-mstd0.5-inc1"  # timm's notation; "" = off
+    a.rand_augment = "rand-m9-mstd0.5-inc1"  # timm's notation (docs/augmentation.md); "" = off
     a.color_jitter = 0.4  # brightness, contrast, saturation; used only where rand_augment is off
     a.erase = 0.25  # probability of random erasing (one rectangle of noise)
     a.mixup = 0.0  # alpha of the Beta distribution; 0 = no mixup
@@ -51,15 +51,16 @@ def default() -> ml_collections.ConfigDict:
 
     c.model = m = ml_collections.ConfigDict()
     _add_architecture(m)
-    m.name = "tiny_vit_5m_224"  # one of tinyvit_jax.models.VARIANTS, or tiny_vit for one's own
+    # One of tinyvit_jax.models.VARIANTS, or tiny_vit for one's own; "" = as init_from's weights are
+    m.name = "tiny_vit_5m_224"
     m.num_classes = 0  # 0 = as many as the image source has
     m.drop_path = 0.0  # stochastic depth, the last block's rate
     m.dtype = "float32"  # of activations: float32 | bfloat16; weights, norms, softmax stay float32
     m.remat = False  # recompute the blocks' activations in the backward pass to save memory
     m.freeze_norm = False  # BatchNorm uses its stored statistics while training
     m.init_from = ""  # weights to start from: a workdir of ours, a .pth or a .safetensors
-    m.class_names = ""  # file of the classes of init_from, one a line, where it is a PyTorch file
-    m.trainable = "all"  # all | head: the classifier alone learns, everything before it stands still
+    m.class_names = ""  # file of the classes of init_from, one a line (or imagenet_1kto22k.txt)
+    m.trainable = "all"  # all | head: the classifier alone learns, all before it stands still
 
     c.objective = o = ml_collections.ConfigDict()
     o.name = "supervised"  # supervised | stored_logits
@@ -109,6 +110,7 @@ def default() -> ml_collections.ConfigDict:
     e.batch_size = 256
     e.crop = "center"  # center: short side to size / crop_ratio, then crop | square: resize
     e.crop_ratio = 224 / 256
+    e.image_size = 0  # pixels at which --mode=eval measures; 0 = those of the training
     # Which classes compete: all of the evaluation set, or present: those it has images of.
     # auto: present for imagenet_a and imagenet_r, which show 200 of the 1,000.
     e.classes = "auto"
@@ -118,6 +120,11 @@ def default() -> ml_collections.ConfigDict:
     k.every_epochs = 1.0
     k.keep_last = 2
     k.keep_best = True  # by top-1
+
+    c.benchmark = b = ml_collections.ConfigDict()  # of --mode=benchmark
+    b.batch_sizes = (1, 8, 64)  # images over all devices
+    b.dtypes = ("float32", "bfloat16")
+    b.seconds = 5.0  # of measuring, for each batch size and dtype, after as much warming up
 
     c.log_every = 50  # updates between lines of metrics.jsonl
     c.label_only_twin = False  # also train the student on labels alone, for the comparison
@@ -164,6 +171,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     need(c.log_every >= 1, "log_every", c.log_every, "a whole number >= 1")
     for section, key, low in (("data", "prefetch", 1), ("data", "workers", 0),
                               ("data", "threads", 0), ("augment", "pad", 0),
+                              ("eval", "image_size", 0),
                               ("augment", "color_jitter", 0), ("teacher", "epochs", 0)):
         need(c[section][key] >= low, f"{section}.{key}", c[section][key], f"{low} or more")
     for section, key, length in (("data", "mean", 3), ("data", "std", 3), ("augment", "scale", 2),
@@ -193,6 +201,14 @@ def check(config: ml_collections.ConfigDict) -> None:
              "a number in [0, 1)")
     need(0 <= c.model.drop_path < 1, "model.drop_path", c.model.drop_path, "a rate in [0, 1)")
     need(0 < c.eval.crop_ratio <= 1, "eval.crop_ratio", c.eval.crop_ratio, "a ratio in (0, 1]")
+    need(bool(c.model.name or c.model.init_from), "model.init_from", "''", "the weights to start "
+         "from (a workdir, a .pth or a .safetensors), or a variant in model.name")
+    b = c.benchmark
+    need(min(b.batch_sizes, default=0) >= 1, "benchmark.batch_sizes", b.batch_sizes,
+         "whole numbers >= 1")
+    need(set(b.dtypes) <= {"float32", "bfloat16"} and len(b.dtypes) > 0, "benchmark.dtypes",
+         b.dtypes, "float32, bfloat16 or both")
+    need(b.seconds > 0, "benchmark.seconds", b.seconds, "a number above 0")
     p = c.optim
     need(0 < p.layer_decay <= 1, "optim.layer_decay", p.layer_decay, "a factor in (0, 1]")
     need(0 <= p.ema < 1, "optim.ema", p.ema, "a decay in [0, 1)")

@@ -99,7 +99,7 @@ class Progress:
                         disable=not terminal)
         self.lines_too = not terminal and not quiet
         if path is not None:
-            kept = [m for m in read_metrics(path) if m["step"] <= start]
+            kept = [m for m in read_metrics(path) if m["step"] <= start] if start else []
             write_atomic(path, "".join(json.dumps(m) + "\n" for m in kept).encode())
 
     def advance(self, steps: int = 1) -> None:

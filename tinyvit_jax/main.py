@@ -6,7 +6,8 @@ from tinyvit_jax import cli
 
 cli.define_flags()
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval"], "train: run or resume; eval: measure WORKDIR's weights.")
+    "mode", "train", ["train", "eval", "benchmark"],
+    "train: run or resume; eval: measure WORKDIR's weights; benchmark: images a second.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other processes that Slurm, a TPU pod or Open MPI started.")
 _COORDINATOR = flags.DEFINE_string(
@@ -23,12 +24,14 @@ def main() -> None:
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     cli.use_compilation_cache()
-    from tinyvit_jax import recipe
+    from tinyvit_jax import benchmark, recipe
 
     if _MODE.value == "train":
         recipe.run(config, workdir, cli.typed_flags())
-    else:
+    elif _MODE.value == "eval":
         recipe.run_eval(config, workdir)
+    else:
+        benchmark.run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ def layer_scales(params: dict, decay: float, depths: Sequence[int]) -> dict:
     def block(names: list[str]) -> int:
         if names[0] == "patch_embed":
             return 0
+        if names[0] == "visual":  # a CLIP: what comes before its blocks is block 0's
+            inside = re.search(r"resblocks_(\d+)", "/".join(names))
+            after = names[1] in ("ln_post", "proj")
+            return int(inside[1]) if inside else (total - 1) * after
         stage = re.fullmatch(r"layers_(\d+)", names[0])
         if not stage:
             return total - 1
@@ -66,28 +70,61 @@ def layer_scales(params: dict, decay: float, depths: Sequence[int]) -> dict:
         lambda path, _: decay ** (total - 1 - block([p.key for p in path])), params)
 
 
-def make_optimizer(config: ml_collections.ConfigDict, params: dict, depths: Sequence[int]
-                   ) -> optax.GradientTransformation:
-    """Clip by the global norm, Adam, decoupled weight decay, layer decay.
+def hold_frozen(params: dict, trainable: str) -> dict:
+    """The parameters, with no gradient through those that `trainable` ("all", "head") leaves out.
 
-    The learning rate is not part of it: it is a function of the run's step, which goes on where an
-    update is skipped and optax's own count does not.
+    Where a whole trunk stands still, XLA drops its backward pass.
+    """
+    if trainable == "all":
+        return params
+    return {name: part if name == trainable else jax.tree.map(jax.lax.stop_gradient, part)
+            for name, part in params.items()}
+
+
+def make_factors(config: ml_collections.ConfigDict, params: dict, depths: Sequence[int],
+                 trainable: str = "all") -> Callable[[jax.Array], dict] | None:
+    """The factor of every parameter's learning rate by update, or None where all are 1.
+
+    The original's scheduler multiplies by the layer decay when it is set after an update, so its
+    first update, at the warmup rate, goes without; ours too.
+
+    Args:
+        config: the `optim` section.
+        params: the model's parameters (their names only).
+        depths: blocks of each stage.
+        trainable: "all", or "head": the factor of everything else is 0.
+
+    Returns:
+        step int -> a tree like params, of float32 scalars.
+    """
+    if config.layer_decay == 1.0 and trainable == "all":
+        return None
+    scales = layer_scales(params, config.layer_decay, depths)
+    moves = {name: trainable in ("all", name) for name in params}
+
+    def factors(step: jax.Array) -> dict:
+        return {name: jax.tree.map(
+            lambda s, moving=moves[name]: jnp.where(step > 0, s, 1.0) if moving else 0.0, part)
+            for name, part in scales.items()}
+
+    return factors
+
+
+def make_optimizer(config: ml_collections.ConfigDict, params: dict
+                   ) -> optax.GradientTransformation:
+    """Clip by the global norm, Adam, decoupled weight decay.
+
+    Learning rate and factors are not part of it: they are functions of the run's step, which goes
+    on where an update is skipped and optax's own count does not.
 
     Args:
         config: the `optim` section.
         params: the model's parameters (their names and shapes only).
-        depths: blocks of each stage.
 
     Returns:
         An optax transformation; its update times the negative learning rate is to be added.
     """
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts += [
-        optax.scale_by_adam(*config.betas, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)),
-    ]
-    if config.layer_decay != 1.0:
-        scales = layer_scales(params, config.layer_decay, depths)
-        parts.append(optax.stateless(
-            lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales)))
-    return optax.chain(*parts)
+    return optax.chain(
+        *parts, optax.scale_by_adam(*config.betas, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)))

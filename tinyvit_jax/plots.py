@@ -2,11 +2,15 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tinyvit_jax import log
 
+_WHOLE = 30  # classes up to which a report shows all of them by name
+_NUMBERED = 12  # and up to which the confusion matrix has numbers
+_BARS = 20  # most confused pairs shown otherwise
 _COLOURS = ("#1f5fa8", "#d1732f", "#3f8f58", "#8a4f9e")
 
 
@@ -75,3 +79,114 @@ def plot_views(pixels: np.ndarray, titles: list[str], path: Path) -> None:
         axis.imshow(np.clip(np.round(image), 0, 255).astype(np.uint8), interpolation="nearest")
         axis.set_title(title, fontsize=8, loc="left")
     _save(figure, path)
+
+
+def plot_report(report: dict[str, Any], confusion: tuple[np.ndarray, np.ndarray, np.ndarray],
+                path: Path) -> None:
+    """Draws an evaluation: what is taken for what, calibration, and accuracy class by class.
+
+    Args:
+        report: from `measure.run`.
+        confusion: from `report.count_confusion`.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5.8), layout="constrained",
+                                   width_ratios=(1.25, 1, 1.1))
+    figure.suptitle(
+        f"{report['source']} ({report['split']}): {report['count']:,} images, "
+        f"top-1 {report['top1']:.2f} %, top-5 {report['top5']:.2f} %", fontsize=13)
+    if len(report["per_class"]) <= _WHOLE:
+        _draw_confusion(axes[0], report, confusion)
+    else:
+        _draw_pairs(axes[0], report)
+    _draw_reliability(axes[1], report["calibration"])
+    _draw_classes(axes[2], report)
+    _save(figure, path)
+
+
+def _shorten(name: str, length: int = 18) -> str:
+    """A name that fits beside an axis; no part of it means mathematics to matplotlib."""
+    name = name if len(name) <= length else f"{name[:length - 1]}…"
+    return name.replace("$", r"\$")
+
+
+def _draw_confusion(axis, report: dict[str, Any], confusion) -> None:
+    """The whole matrix, each row in percent of its class; a last column for answers that are none.
+    """
+    names = [_shorten(c["name"]) for c in report["per_class"]]
+    label, predicted, images = confusion
+    table = np.zeros((len(names), len(names) + 1))
+    table[label, predicted] = images  # -1 is the last column
+    if not table[:, -1].any():
+        table = table[:, :-1]
+    share = 100 * table / np.maximum(table.sum(-1, keepdims=True), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    columns = [*names, "(none)"][:table.shape[1]]
+    axis.set_xticks(range(len(columns)), columns, rotation=90 if len(names) > 4 else 0, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("label")
+    axis.set_title("confusion, % of each label", fontsize=10)
+    if len(names) <= _NUMBERED:
+        for i, j in np.argwhere(table > 0):
+            axis.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=9,
+                      color="white" if share[i, j] > 55 else "black")
+
+
+def _draw_pairs(axis, report: dict[str, Any]) -> None:
+    """The most frequent mistakes as bars."""
+    pairs = report["most_confused"][:_BARS][::-1]
+    axis.barh(range(len(pairs)), [p["count"] for p in pairs], color=_COLOURS[1])
+    axis.set_yticks(range(len(pairs)), [
+        f"{_shorten(p['label'])} → {_shorten(p['predicted'])}" for p in pairs], fontsize=8)
+    for i, p in enumerate(pairs):
+        axis.text(p["count"], i, f" {100 * p['share']:.0f} %", va="center", fontsize=7.5)
+    axis.margins(x=0.12)
+    axis.set_xlabel("images, and their share of the label's")
+    axis.set_title("most frequent mistakes: label → predicted", fontsize=10)
+
+
+def _draw_reliability(axis, calibration: dict[str, Any]) -> None:
+    """Accuracy over confidence, and how many images each bin has."""
+    bins = calibration["bins"]
+    width = 1 / len(bins)
+    full = [b for b in bins if b["count"]]
+    total = sum(b["count"] for b in bins)
+    axis.bar([b["low"] for b in full], [b["accuracy"] for b in full], 0.94 * width, align="edge",
+             color=_COLOURS[0], alpha=0.55, label="accuracy")
+    axis.bar([b["low"] + 0.3 * width for b in full], [b["count"] / total for b in full],
+             0.34 * width, align="edge", color="#3b3f46", label="share of the images")
+    axis.plot([0, 1], [0, 1], "--", color="black", linewidth=0.9, label="accuracy = confidence")
+    axis.set(xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_xlabel("confidence (largest probability)")
+    axis.set_title(f"calibration: expected error {calibration['error']:.4f}", fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _draw_classes(axis, report: dict[str, Any]) -> None:
+    """Top-1 of each class: bars with names where they fit, else a histogram and the sorted line."""
+    rated = sorted((c for c in report["per_class"] if c["count"]), key=lambda c: c["top1"])
+    values = np.array([c["top1"] for c in rated])
+    mean = values.mean()
+    if len(report["per_class"]) <= _WHOLE:
+        axis.barh(range(len(rated)), values, color=_COLOURS[2])
+        axis.set_yticks(range(len(rated)), [_shorten(c["name"]) for c in rated], fontsize=8)
+        for i, c in enumerate(rated):
+            axis.text(1, i, f"{c['top1']:.1f} % of {c['count']:,}", va="center", fontsize=7.5)
+        axis.set_xlim(0, 100)
+    else:
+        axis.hist(values, np.linspace(0, 100, 21), color=_COLOURS[2], alpha=0.8)
+        axis.set_xlim(0, 100)
+        axis.set_ylabel("classes")
+        worst = "\n".join(f"{c['top1']:5.1f}  {_shorten(c['name'])}" for c in rated[:10])
+        axis.text(0.03, 0.97, f"worst classes:\n{worst}", transform=axis.transAxes, va="top",
+                  fontsize=8, family="monospace")
+    axis.axvline(mean, color="black", linestyle="--", linewidth=0.9)
+    axis.set_xlabel("top-1 of a class, %")
+    axis.set_title(f"classes: mean {mean:.2f} %, lowest {values[0]:.1f}, "
+                   f"median {np.median(values):.1f}, highest {values[-1]:.1f}", fontsize=10)

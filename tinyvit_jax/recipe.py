@@ -11,11 +11,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from tinyvit_jax import capture, evaluate, log, mix, plots, train, weights
+from tinyvit_jax import capture, log, measure, mix, plots, train, weights
 from tinyvit_jax import config as configs
 from tinyvit_jax import mesh as meshes
-from tinyvit_jax.convert import files, tinyvit
+from tinyvit_jax.convert import files
 from tinyvit_jax.data import augment, images, pipeline
+from tinyvit_jax.data.order import follow_store
 from tinyvit_jax.store import store as stores
 
 logger = logging.getLogger("tinyvit_jax")
@@ -34,11 +35,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
     """
     if config.export_torch:
         files.check_writable(workdir / config.export_torch)  # now, not after hours of training
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.model = weights.complete(config.model)
     data = open_prepared_data(config, workdir, flags)
     store: stores.Store | None = None
     result: dict = {}
     if config.objective.name == "stored_logits":
         store, result = provide_store(config, workdir, data, flags)
+        data = data._replace(order=follow_store(data.order, store))
         if config.train.epochs > config.store.passes:
             logger.info("%g epochs over %d stored passes: every stored view is shown %.1f times",
                         config.train.epochs, config.store.passes,
@@ -179,6 +183,7 @@ def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
     """
     store = stores.open_store(store_path(config, workdir))
     data = train.open_data(config, evaluated=False)
+    data = data._replace(order=follow_store(data.order, store))
     views = make_views(config, data)
     train.check_store(store, config, data, views.spec)
     problems = store.verify()
@@ -189,7 +194,8 @@ def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
     c = with_teacher(config, workdir)
     teacher = capture.make_teacher(c.teacher, tuple(data.train.class_names),
                                    views.spec.image_size, mesh)
-    store.check({"teacher.weights": teacher.description["weights"]})
+    if store.manifest.teacher["weights"]:  # the original's files do not tell whose they are
+        store.check({"teacher.weights": teacher.description["weights"]})
     stored = pipeline.Views(data.train, views.spec, data.order, store)
     found = capture.compare(c, teacher, stored, count, mesh)
     if not found["kl"] <= capture.MAX_KL:
@@ -206,20 +212,8 @@ def capture_command(config: ml_collections.ConfigDict, flags: str) -> str:
 
 
 def run_eval(config: ml_collections.ConfigDict, workdir: Path) -> dict:
-    """Measures a run's weights on the config's evaluation images; writes eval.json."""
-    trained = weights.load_run(workdir, config.eval.checkpoint)
-    source = train.open_eval_source(config)
-    class_map = evaluate.make_class_map(trained.class_names, source.class_names)
-    mesh = meshes.make_mesh()
-    c = ml_collections.ConfigDict(config.to_dict())
-    c.data.mean, c.data.std = trained.mean, trained.std  # they belong to the weights
-    evaluator = train.make_evaluator(c, trained.model, source, class_map, mesh)
-    scores = evaluator(meshes.put_state(trained.variables, mesh))
-    if jax.process_index() == 0:
-        log.write_json(workdir / "eval.json", {"source": source.name, **scores})
-        print(f"{source.name}: top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  "
-              f"loss {scores['loss']:.4f}  over {scores['count']:,} images")
-    return scores
+    """Measures weights on the config's evaluation images; see `measure.run`."""
+    return measure.run(config, workdir, train.open_eval_source(config))
 
 
 def make_views(config: ml_collections.ConfigDict, data: train.Data) -> pipeline.Views:
@@ -273,7 +267,7 @@ def export(workdir: Path, path: Path) -> str:
     """Writes a run's weights in Microsoft's key layout; returns the file's name."""
     trained = weights.load_run(workdir)  # in every process: they read a checkpoint together
     if jax.process_index() == 0:
-        files.write_state(str(path), tinyvit.to_torch(trained.variables, layout="microsoft"))
+        files.write_state(str(path), weights.convert_to(trained.variables))
     return path.name
 
 
@@ -291,6 +285,9 @@ def format_table(result: dict) -> str:
         if top1 in result:
             lines.append(f"{title:<22}{result[top1]:>9.2f}{result[top5]:>9.2f}"
                          f"{result[parameters]:>13,}{result[seconds]:>9.0f}")
+    if "top1_before" in result:
+        lines.insert(1, f"{'before training':<22}{result['top1_before']:>9.2f}"
+                        f"{result['top5_before']:>9.2f}")
     if "store_bytes_per_view" in result:
         lines.append(f"store: {result['store_bytes_per_view']:.1f} bytes a view, captured in "
                      f"{result.get('capture_seconds', 0.0):.0f} s")

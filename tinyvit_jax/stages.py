@@ -44,6 +44,8 @@ def make_config(stage: str, variant: str, drop_path: dict[str, float], init_from
         c.data.source, c.data.eval_source = "pack:data/imagenet22k", "tfds:imagenet2012"
         c.objective.name = "stored_logits"
         c.store.update({"path": "data/imagenet22k_store", "passes": 90, "top_k": 100})
+        c.teacher.update({"name": "clip_vit_large14_224", "dtype": "bfloat16",
+                          "weights": "data/clip_vit_large_patch14_22k.pth"})
     elif stage == "22kto1k":
         c.optim.layer_decay, c.model.freeze_norm = 0.8, True
     elif stage == "1k":

@@ -5,7 +5,6 @@ stream of batches at its step; nothing else remembers anything.
 """
 
 import contextlib
-import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +17,11 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from tinyvit_jax import checkpoint, evaluate, log, mix, objectives, optim, weights
+from tinyvit_jax import checkpoint, evaluate, log, measure, mix, objectives, optim, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.config import mixes
 from tinyvit_jax.data import augment, images, pipeline
-from tinyvit_jax.data.order import Order
+from tinyvit_jax.data.order import AnyOrder, Order
 from tinyvit_jax.store import store as stores
 
 
@@ -46,7 +45,7 @@ class Data(NamedTuple):
 
     train: images.ImageSource
     eval: images.ImageSource
-    order: Order
+    order: AnyOrder
     class_map: Any  # int32 [C'] from evaluated to trained classes, or None
 
 
@@ -77,9 +76,10 @@ def _class_names(config: ml_collections.ConfigDict, train: images.ImageSource) -
 
 def make_student(config: ml_collections.ConfigDict, data: Data):
     """The model to train."""
-    m = config.model
+    m = weights.complete(config.model)
     return weights.make_model(m, len(data.train.class_names), drop_path=m.drop_path, dtype=m.dtype,
-                              remat=m.remat, freeze_norm=m.freeze_norm)
+                              remat=m.remat,
+                              freeze_norm=m.freeze_norm or m.trainable != "all")
 
 
 def count_steps(config: ml_collections.ConfigDict, num_images: int) -> tuple[int, float]:
@@ -97,9 +97,12 @@ def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable,
         return State(zero, params, variables["batch_stats"], make_tx(params).init(params),
                      params if config.optim.ema else {}, zero)
 
-    if config.model.init_from:
-        return jax.jit(state)(weights.load_weights(config.model.init_from, model, "new",
-                                                   class_names))
+    m = config.model
+    if m.init_from:
+        known = weights.read_class_names(m.class_names, imagenet_names=class_names) if (
+            m.class_names) else ()
+        return jax.jit(state)(weights.load_weights(m.init_from, model, "new", class_names,
+                                                   trained_names=known))
     image = jnp.zeros((1, model.image_size, model.image_size, 3))
     # It runs once: on a CPU, optimising it costs four times what it takes without.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -122,7 +125,7 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
     objective = objectives.make_objective(config.objective)
     parts, decay = config.train.accumulate, config.optim.ema
     mean, std = tuple(config.data.mean), tuple(config.data.std)
-    seed = config.seed
+    seed, trainable = config.seed, config.model.trainable
 
     def apply(variables: dict, pixels: jax.Array, key: jax.Array):
         logits, new = model.apply(variables, pixels, train=True, rngs={"drop_path": key},
@@ -133,6 +136,7 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         batch = {**batch, "image": mix.normalize(mix.view_pixels(batch), mean, std)}
 
         def loss(p):
+            p = optim.hold_frozen(p, trainable)
             return objective(apply, {"params": p, "batch_stats": batch_stats}, batch, key)
 
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -158,6 +162,9 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         grad_norm = optax.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
+        factors = optim.make_factors(config.optim, state.params, model.depths, trainable)
+        if factors is not None:
+            updates = jax.tree.map(jnp.multiply, updates, factors(state.step))
         updates = jax.tree.map(lambda u: -rate * u, updates)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if (
@@ -217,7 +224,8 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         title: what the progress bar says.
 
     Returns:
-        The content of fit.json: top1, top5, loss, steps, seconds, parameters.
+        The content of fit.json: top1, top5, loss, steps, seconds, parameters; and top1_before,
+        top5_before where the run started from weights.
     """
     mesh = meshes.make_mesh()
     model = make_student(config, data)
@@ -231,7 +239,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
     schedule = optim.make_schedule(config.optim, config.train.batch_size, steps, per_epoch)
 
     def make_tx(params):
-        return optim.make_optimizer(config.optim, params, model.depths)
+        return optim.make_optimizer(config.optim, params)
 
     with checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last,
                                 config.checkpoint.keep_best) as checkpoints:
@@ -253,6 +261,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         result = _loop(config, workdir, state, steps, per_epoch, step_fn, views, evaluator,
                        checkpoints, mesh, title)
     result["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
+    result |= _scores_before(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
         log.write_json(workdir / "fit.json", result)
     return result
@@ -275,6 +284,11 @@ def _loop(config, workdir: Path, state: State, steps: int, per_epoch: float, ste
         threads=config.data.threads, workers=config.data.workers, prefetch=config.data.prefetch)
     meter = _Meter(config.train.batch_size, steps, log.last_seconds(workdir / "metrics.jsonl"))
     scores: dict = {}
+    if config.model.init_from and not start:  # what the weights are worth before any update
+        scores = evaluator({"params": state.params, "batch_stats": state.batch_stats})
+        progress.report(0, {f"eval_{k}": scores[k] for k in ("top1", "top5", "loss")}
+                        | {"seconds": 0.0})
+        meter.forget_time()
     for step in range(start + 1, steps + 1):
         with meter.waiting():
             batch = next(stream)
@@ -301,6 +315,13 @@ def _loop(config, workdir: Path, state: State, steps: int, per_epoch: float, ste
     if not scores:  # a run that was killed after its last update
         scores = evaluator({"params": state.ema or state.params, "batch_stats": state.batch_stats})
     return {**scores, "steps": steps, "seconds": meter.seconds()}
+
+
+def _scores_before(metrics: Path) -> dict[str, float]:
+    """{"top1_before", "top5_before"} of a run that started from weights; else nothing."""
+    first = log.read_metrics(metrics)[:1]
+    return {f"{k}_before": line[f"eval_{k}"] for line in first if line["step"] == 0
+            for k in ("top1", "top5")}
 
 
 def _marks(every_epochs: float, per_epoch: float, steps: int) -> set[int]:
@@ -360,27 +381,15 @@ class _Meter:
 def make_evaluator(config: ml_collections.ConfigDict, model, source: images.ImageSource,
                    class_map, mesh: Mesh) -> Callable:
     """fn(variables) -> {"top1", "top5", "loss", "count"} over the images of a source."""
-    size = max(1, config.eval.batch_size // jax.device_count()) * jax.device_count()
-    rows = pipeline.Rows.of_process(size, jax.process_index(), jax.process_count())
-    view = functools.partial(augment.eval_view, image_size=model.image_size, crop=config.eval.crop,
-                             crop_ratio=config.eval.crop_ratio)
-    batches = pipeline.EvalBatches(source, view, size, rows)
-    eval_step = evaluate.make_eval_step(model, mesh, tuple(config.data.mean),
-                                        tuple(config.data.std), class_map)
-
-    def run(variables: dict) -> dict:
-        stream = pipeline.batch_stream(batches, threads=config.data.threads,
-                                       prefetch=config.data.prefetch)
-        return evaluate.evaluate(eval_step, variables, stream, mesh)
-
-    return run
+    judge, _ = measure.make_judge(config, model, source, class_map, mesh)
+    return lambda variables: evaluate.score(judge(variables))
 
 
 # What may change between a run and its resumption without changing a number of it.
 _FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.eval_source",
          "data.data_dir", "log_every", "checkpoint", "store.path", "store.capture", "teacher",
-         "train.max_skipped", "eval.batch_size", "eval.checkpoint", "label_only_twin",
-         "export_torch")
+         "train.max_skipped", "eval.batch_size", "eval.checkpoint", "eval.image_size", "benchmark",
+         "label_only_twin", "export_torch")
 
 
 def record_config(config: ml_collections.ConfigDict, workdir: Path, data: Data) -> None:

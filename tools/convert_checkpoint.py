@@ -3,33 +3,80 @@
 python tools/convert_checkpoint.py --from=runs/quickstart --to=student.pth --layout=timm
 python tools/convert_checkpoint.py --from=tiny_vit_5m.pth --to=runs/5m --classes=names.txt
 python tools/convert_checkpoint.py --from=timm.safetensors --to=microsoft.pth
+python tools/convert_checkpoint.py --from=training.pth --to=weights.safetensors --tensors_only
 
 What --from is, is read off its keys; --to ending in .pth, .pt or .safetensors is a PyTorch file,
 anything else a folder of ours. Every key is used exactly once, or all that do not fit are listed.
+Where PyTorch is installed, every PyTorch file on either side is then read from disk into a PyTorch
+model and compared with ours on two random images; exit code 1 where they differ.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 from tinyvit_jax import log, weights
-from tinyvit_jax.convert import files, tinyvit
+from tinyvit_jax.convert import files
+from tinyvit_jax.data import tfds
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def convert(source: str, target: str, layout: str, image_size: int,
-            stem_strides: tuple[int, ...], class_names: tuple[str, ...]) -> str:
-    """Converts and returns one line that says what was done."""
+            stem_strides: tuple[int, ...], class_names: tuple[str, ...]) -> list[str]:
+    """Converts and checks; returns one line for each."""
+    check_new(target)
     trained = weights.open_trained(source, image_size, stem_strides, class_names)
-    if Path(target).suffix in SUFFIXES:
-        if Path(target).exists():
-            raise ValueError(f"{target} already exists. Delete it, or give another name.")
-        state = tinyvit.to_torch(trained.variables, layout)  # type: ignore[arg-type]
+    if is_file(target):
+        state = weights.convert_to(trained.variables, layout)
         files.write_state(target, state)
-        return f"{target}: {len(state)} arrays in {layout}'s layout"
-    weights.save_trained(trained, target)
-    return f"{target}: a folder to evaluate, predict or start from (--config.model.init_from)"
+        done = f"{target}: {len(state)} arrays in {layout}'s layout"
+        saved = trained
+    else:
+        weights.save_trained(trained, target)
+        done = f"{target}: a folder to evaluate, predict or start from (--config.model.init_from)"
+        saved = weights.load_run(target)
+    return [done, *check(source, saved, written_here=False),
+            *check(target, trained, written_here=True)]
+
+
+def extract(source: str, target: str) -> str:
+    """Copies the tensors of a PyTorch file, whatever else is in it, and returns one line."""
+    check_new(target)
+    state = files.read_state(source, tensors_only=True)
+    files.write_state(target, state)
+    return f"{target}: the {len(state)} tensors of {source} under their own names, and nothing else"
+
+
+def check(path: str, trained: weights.Trained, written_here: bool) -> list[str]:
+    """Compares a PyTorch file with a model of ours; nothing to say of a folder."""
+    if not is_file(path):
+        return []
+    if importlib.util.find_spec("torch") is None:
+        return [f"not checked: comparing {path} with PyTorch needs it (pip install torch)"]
+    from reference import compare
+
+    difference = compare.compare_file(path, trained.model, trained.variables, written_here)
+    return [compare.check_difference(path, difference)]
+
+
+def is_file(path: str) -> bool:
+    """Whether a path is meant for a PyTorch file."""
+    return Path(path).suffix in SUFFIXES
+
+
+def check_new(target: str) -> None:
+    """Raises ValueError where a file would be overwritten."""
+    if is_file(target) and Path(target).exists():
+        raise ValueError(f"{target} already exists. Delete it, or give another name.")
+
+
+def read_names(classes: str) -> tuple[str, ...]:
+    """The class names of --classes, or none."""
+    if not classes:
+        return ()
+    return weights.read_class_names(classes, imagenet_names=tfds.list_classes("imagenet2012"))
 
 
 def main() -> None:
@@ -40,16 +87,22 @@ def main() -> None:
     parser.add_argument("--to", required=True, help="a PyTorch file or a new folder")
     parser.add_argument("--layout", choices=("microsoft", "timm"), default="microsoft")
     parser.add_argument("--image_size", type=int, default=0,
-                        help="pixels, which a PyTorch file does not tell (224)")
+                        help="pixels, which a TinyViT's PyTorch file does not tell (224)")
     parser.add_argument("--stem_strides", type=int, nargs=2, default=(),
                         help="which a PyTorch file does not tell either (2 2)")
-    parser.add_argument("--classes", help="file of class names, one a line")
+    parser.add_argument("--classes", default="", help="file of class names, one a line, or the "
+                        "original's imagenet_1kto22k.txt")
+    parser.add_argument("--tensors_only", action="store_true", help="only copy the tensors out of "
+                        "a file that holds other Python objects too, none of which is run")
     args = parser.parse_args()
     log.set_up_logging()
     try:
-        names = tuple(Path(args.classes).read_text().splitlines()) if args.classes else ()
-        print(convert(args.source, args.to, args.layout, args.image_size,
-                      tuple(args.stem_strides), names))
+        if args.tensors_only:
+            print(extract(args.source, args.to))
+            return
+        names = read_names(args.classes)
+        print(*convert(args.source, args.to, args.layout, args.image_size,
+                       tuple(args.stem_strides), names), sep="\n")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit_jax.convert import pickles
+
 State = dict[str, np.ndarray]
 
 _TORCH = (".pth", ".pt")
@@ -18,23 +20,26 @@ class WeightsError(ValueError):
     """A file or dict of weights that cannot be used; the message says what to do."""
 
 
-def read_state(path: str | os.PathLike) -> State:
-    """Reads a file of weights.
+def read_state(path: str | os.PathLike, tensors_only: bool = False) -> State:
+    """Reads a file of weights; nothing that a file holds is ever run.
 
     A training checkpoint that keeps its weights under "model" or "state_dict" gives those. Half
-    precision becomes float32.
+    precision becomes float32. PyTorch is only needed for its files of before version 1.6.
 
     Args:
         path: a .pth, .pt or .safetensors file.
+        tensors_only: takes the tensors of a PyTorch file that also holds objects of other classes,
+            which is else refused.
 
     Returns:
         Arrays by the file's own keys.
 
     Raises:
-        WeightsError: another ending, a truncated or foreign file, or a package that is missing.
+        WeightsError: another ending, a truncated or foreign file, one with other things than
+            tensors, or a package that is missing.
     """
     path = pathlib.Path(path)
-    reader = _choose(path, _read_torch, _read_safetensors)
+    reader = _choose(path, lambda p: _read_torch(p, tensors_only), _read_safetensors)
     if not path.is_file():
         raise WeightsError(f"there is no file {path}; give the path of a .pth or .safetensors file")
     return reader(path)
@@ -90,30 +95,59 @@ def _choose(path: pathlib.Path, of_torch: Callable, of_safetensors: Callable) ->
     raise WeightsError(f"{path} has the ending {path.suffix!r}: expected .pth, .pt or .safetensors")
 
 
-def _read_torch(path: pathlib.Path) -> State:
-    torch = _import_torch(path)
+def _read_torch(path: pathlib.Path, tensors_only: bool) -> State:
+    """The weights of a PyTorch file of either format."""
+    archive = pickles.is_archive(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler meets
+        content = pickles.read(path) if archive else _read_old_torch(path, tensors_only)
+    except WeightsError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its readers meet
         raise WeightsError(
             f"{path} cannot be read as PyTorch weights ({type(error).__name__}: {_line(error)}). "
-            "It is truncated, not a PyTorch file, or a checkpoint with Python objects beside the "
-            "tensors; download it again, or save its state_dict alone with torch.save.") from error
+            "It is truncated or not a PyTorch file; download it again, or save the model's "
+            "state_dict alone with torch.save.") from error
+    if content.foreign and not tensors_only:
+        raise WeightsError(
+            f"{path} holds more than tensors: it names {', '.join(content.foreign)}. Nothing of "
+            "that was run. Take the tensors alone, which never runs it either, with  python "
+            f"tools/convert_checkpoint.py --from={path} --to={path.with_suffix('.safetensors')} "
+            "--tensors_only")
+    return _check_tensors(path, content.value, tensors_only)
+
+
+def _check_tensors(path: pathlib.Path, loaded: Any, tensors_only: bool) -> State:
+    """The arrays of what a PyTorch file holds; with `tensors_only` the rest is left out."""
     if not isinstance(loaded, Mapping):
-        raise WeightsError(f"{path} holds a {type(loaded).__name__}; expected a dict of tensors, "
-                           "as torch.save(model.state_dict(), path) writes")
+        kind = "whole object" if isinstance(loaded, pickles.Inert) else type(loaded).__name__
+        raise WeightsError(f"{path} holds a {kind}; expected a dict of tensors, as "
+                           "torch.save(model.state_dict(), path) writes")
     state = unwrap(loaded)
-    others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
+    arrays = {str(key): value for key, value in state.items() if isinstance(value, np.ndarray)}
+    others = [str(key) for key, value in state.items() if not isinstance(value, np.ndarray)]
+    if not arrays or (others and not tensors_only):
         raise WeightsError(f"{path} holds other things than tensors: {', '.join(others[:5])}; save "
                            "the model's state_dict alone with torch.save")
-    return {key: _to_numpy(torch, value) for key, value in state.items()}
+    return arrays
 
 
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    """A tensor as an array; numpy has no bfloat16, and halves gain nothing here."""
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+def _read_old_torch(path: pathlib.Path, tensors_only: bool) -> pickles.Content:
+    """A file in the format of before PyTorch 1.6, by PyTorch's own restricted reader."""
+    if tensors_only:
+        raise WeightsError(f"{path} is no file of PyTorch 1.6 or newer, and of older ones tensors "
+                           "alone cannot be taken. Save its state_dict again with torch.save.")
+    torch = _import_torch(path)
+
+    def to_numpy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            return (value.float() if value.is_floating_point() else value).numpy()
+        if isinstance(value, Mapping):
+            return {key: to_numpy(inner) for key, inner in value.items()}
+        return value
+
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    return pickles.Content(to_numpy(loaded), ())
 
 
 def _write_torch(path: pathlib.Path, state: State) -> None:

@@ -12,12 +12,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from tinyvit_jax.convert import tree
 from tinyvit_jax.convert.files import State, WeightsError, unwrap
 from tinyvit_jax.convert.resize import resize_bias_table
 
 Layout = Literal["microsoft", "timm"]
-Path = tuple[str, ...]  # ("params", "layers_1", "blocks_0", "attn", "qkv", "kernel")
-
 
 
 class Model(Protocol):
@@ -33,14 +32,13 @@ class Model(Protocol):
 _log = logging.getLogger(__name__)
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# Kernels by their number of axes: [in, out] for [out, in], [h, w, in, out] for [out, in, h, w].
-_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
-_TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}
 # Buffers that follow from the rest; num_batches_tracked is not used where momentum is fixed.
 _DERIVED = ("num_batches_tracked", "attention_bias_idxs")
-# A segmentation model of which TinyViT is the trunk, and what else its files hold.
+# A segmentation model of which TinyViT is the trunk, and what else its files hold. The trunk's own
+# classifier may be there, but segmentation never used or trained it.
 _TRUNK = "image_encoder."
-_AROUND = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
+_AROUND = ("image_encoder.neck.", "image_encoder.head.fc.", "image_encoder.head.weight",
+           "image_encoder.head.bias", "prompt_encoder.", "mask_decoder.")
 
 
 def to_torch(variables: Mapping[str, Any], layout: Layout = "microsoft") -> State:
@@ -59,9 +57,9 @@ def to_torch(variables: Mapping[str, Any], layout: Layout = "microsoft") -> Stat
     """
     _check_layout(layout)
     state: State = {}
-    for path, value in _flatten(variables).items():
+    for path, value in tree.flatten(variables).items():
         key = torch_key(path, layout)
-        state[key] = _transpose(np.asarray(value, np.float32), path, _TO_TORCH)
+        state[key] = tree.transpose_to_torch(np.asarray(value, np.float32), path)
         if key.endswith("running_var"):
             state[key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     return state
@@ -72,8 +70,8 @@ def from_torch(state: Mapping[str, Any], model: Model,
     """Makes a model's variables of PyTorch weights; each key is used, and used once.
 
     Understood are both layouts, {"model": ...} around the weights, "module." before every key, and
-    the trunk of a segmentation model under "image_encoder.". Bias tables of other windows are
-    resized.
+    the trunk of a segmentation model under "image_encoder.", whose classifier, neck and decoder are
+    left out. Bias tables of other windows are resized. A model of no classes leaves a head out.
 
     Args:
         state: arrays by key, as convert.files.read_state gives them.
@@ -89,31 +87,33 @@ def from_torch(state: Mapping[str, Any], model: Model,
     if head not in ("strict", "new"):
         raise ValueError(f"head={head!r} cannot work: expected strict or new")
     left = strip(unwrap(state))
+    _log_around(unwrap(state))
     layout = detect_layout(left)
-    result: dict[Path, np.ndarray] = {}
-    faults, resized, renewed = [], [], []
-    for path, leaf in _flatten(model.variable_shapes()).items():
+    result: dict[tree.Path, np.ndarray] = {}
+    faults, resized = [], []
+    old_head = {key: np.shape(left[key]) for key in _head_keys(layout) if key in left}
+    new_head = False
+    for path, leaf in tree.flatten(model.variable_shapes()).items():
         key = torch_key(path, layout)
         found = np.asarray(left.pop(key)) if key in left else None
         value = None if found is None else _fit(found, path, leaf.shape)
         if found is not None and value is not None and value.size != found.size:
             resized.append(key)
         if value is None and head == "new" and path[1] == "head":
-            value = np.zeros(leaf.shape, np.float32)
-            renewed.append(key)
+            value, new_head = np.zeros(leaf.shape, np.float32), True
         if value is None:
-            faults.append(_fault(key, found, _torch_shape(path, leaf.shape)))
+            faults.append(tree.describe_fault(key, found, tree.torch_shape(leaf.shape, path)))
         else:
             result[path] = value
-    if head == "new" and not model.num_classes:
-        renewed = [key for key in _head_keys(layout) if left.pop(key, None) is not None]
+    if not model.num_classes:
+        left = {key: value for key, value in left.items() if key not in old_head}
     faults += [f"unused: {key} {np.shape(value)}" for key, value in left.items()]
-    _raise_faults(faults, layout)
-    _log_changes(model, resized, renewed)
-    return _nest(result)
+    _raise_faults(faults, layout, model.num_classes)
+    _log_changes(model, len(resized), old_head, new_head)
+    return tree.nest(result, {})
 
 
-def torch_key(path: Path, layout: Layout) -> str:
+def torch_key(path: tree.Path, layout: Layout) -> str:
     """A variable's name in a PyTorch class.
 
     Args:
@@ -149,6 +149,12 @@ def detect_layout(state: Mapping[str, Any]) -> Layout:
                        f"or stages. (timm's); the first keys are {', '.join(list(state)[:5])}")
 
 
+def count_classes(state: Mapping[str, Any]) -> int:
+    """How many classes a state dict's classifier has; 0 where it has none."""
+    arrays = strip(unwrap(state))
+    return next((len(arrays[key]) for key in ("head.bias", "head.fc.bias") if key in arrays), 0)
+
+
 def _check_layout(layout: str) -> None:
     if layout not in ("microsoft", "timm"):
         raise ValueError(f"layout={layout!r} cannot work: expected microsoft or timm")
@@ -162,84 +168,62 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         The same without prefixes, without buffers that follow from the rest, and without what
-        surrounds the trunk of a segmentation model (which is logged).
+        surrounds the trunk of a segmentation model.
     """
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith(_TRUNK) for key in state):
-        around = [key for key in state if key.startswith(_AROUND)]
-        _log.info("left out %d arrays around the trunk (%s)", len(around),
-                  ", ".join(prefix + "*" for prefix in _AROUND))
         state = {key.removeprefix(_TRUNK): value for key, value in state.items()
                  if not key.startswith(_AROUND)}
     return {key: value for key, value in state.items() if not key.endswith(_DERIVED)}
 
 
-def _fit(found: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _log_around(state: Mapping[str, Any]) -> None:
+    """One line on what a segmentation model has around its trunk."""
+    around = [key.removeprefix("module.") for key in state]
+    around = [key for key in around if key.startswith(_AROUND)]
+    if around:
+        parts = sorted({".".join(key.split(".")[:2 if key.startswith(_TRUNK) else 1])
+                        for key in around})
+        _log.info("left out %d arrays around the trunk (%s)", len(around), ", ".join(parts))
+
+
+def _fit(found: np.ndarray, path: tree.Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """A PyTorch array as the variable at `path`, or None where the shape does not allow it."""
-    if found.shape == _torch_shape(path, shape):
-        return _transpose(found.astype(np.float32), path, _TO_OURS)
+    if found.shape == tree.torch_shape(shape, path):
+        return tree.transpose_to_ours(found.astype(np.float32), path)
     if path[-1] != "attention_biases" or found.ndim != 2 or len(found) != shape[0]:
         return None
     square = math.isqrt(found.shape[1]) ** 2 == found.shape[1]
     return resize_bias_table(found, math.isqrt(shape[1])) if square else None
 
 
-def _transpose(value: np.ndarray, path: Path, axes: dict[int, tuple[int, ...]]) -> np.ndarray:
-    """Reorders the axes of a kernel; other variables are the same in both worlds."""
-    return value.transpose(axes[value.ndim]) if path[-1] == "kernel" else value
-
-
-def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape a variable has in PyTorch."""
-    return tuple(shape[i] for i in _TO_TORCH[len(shape)]) if path[-1] == "kernel" else shape
-
-
-def _fault(key: str, found: np.ndarray | None, expected: tuple[int, ...]) -> str:
-    if found is None:
-        return f"missing: {key} {expected}"
-    return f"mis-shaped: {key} is {found.shape}, expected {expected}"
-
-
 def _head_keys(layout: Layout) -> list[str]:
     return [torch_key(("params", "head", leaf), layout) for leaf in ("kernel", "bias")]
 
 
-def _raise_faults(faults: list[str], layout: Layout) -> None:
+def _raise_faults(faults: list[str], layout: Layout, num_classes: int) -> None:
     if not faults:
         return
     advice = ""
     if any(key in fault for key in _head_keys(layout) for fault in faults):
-        advice = ' head="new" takes a head of another number of classes, as zeros.'
+        advice = (f' For a classifier of {num_classes} classes that starts at zero give head="new"'
+                  ', for the features alone num_classes=0.')
     raise WeightsError(
         f"the weights (in the layout of {layout}) do not fit the model: {len(faults)} keys. Check "
         f"that the variant, its widths and depths are those the weights were trained with.{advice}"
         " " + "; ".join(sorted(faults)))
 
 
-def _log_changes(model: Model, resized: list[str], renewed: list[str]) -> None:
+def _log_changes(model: Model, resized: int, old_head: Mapping[str, tuple[int, ...]],
+                 new_head: bool) -> None:
     if resized:
-        _log.info("resized %d tables of attention biases to windows %s", len(resized),
-                  model.window_sizes[1:])
-    if renewed:
-        then = (f"they do not fit {model.num_classes} classes, the head starts at zero"
-                if model.num_classes else "the model has no head")
-        _log.info("left out %s: %s", " and ".join(renewed), then)
-
-
-def _flatten(tree: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
-    flat: dict[Path, Any] = {}
-    for name, value in tree.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flatten(value, (*path, name)) if nested else {(*path, name): value}
-    return flat
-
-
-def _nest(flat: Mapping[Path, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree
+        _log.info("resized %d tables of attention biases to windows of %s tokens (bicubic)",
+                  resized, ", ".join(map(str, model.window_sizes[1:])))
+    if new_head:
+        had = f"had {max(shape[0] for shape in old_head.values())}" if old_head else "had none"
+        _log.info("the classifier of %d classes starts at zero: the weights %s. To keep classes of "
+                  "the same name, name those of the weights: trained_names=, or "
+                  "--config.model.class_names=FILE", model.num_classes, had)
+    elif old_head and not model.num_classes:
+        _log.info("left out %s: the model has no classifier", " and ".join(old_head))

@@ -6,28 +6,34 @@ So a view is a tuple of plain numbers, drawn from its seed alone and from number
 hangs on a Spec, which a store keeps and training compares field by field.
 
 Frozen: a change that moves a draw or a pixel is a new VERSION.
+
+The spec "microsoft" is the one exception: its views are the original's, in data/microsoft.py, and
+only `replay` and `sample_mix` know them.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
-import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from tinyvit_jax.data import draws, ops
+from tinyvit_jax.data import draws, microsoft, ops, rand_augment
+from tinyvit_jax.data.spec import (
+    NO_BOX,
+    VERSION,
+    Box,
+    Spec,
+    SpecError,
+    from_dict,
+    make_spec,
+    to_dict,
+)
 
-VERSION = 1
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
-
-Box = tuple[int, int, int, int]  # y0, x0, y1, x1; the end is outside
-NO_BOX: Box = (0, 0, 0, 0)
+__all__ = ["NO_BOX", "VERSION", "Box", "Spec", "SpecError", "View", "apply_view", "crop_box",
+           "eval_view", "from_dict", "make_spec", "replay", "sample_mix", "sample_view", "to_dict"]
 
 _ATTEMPTS = 10  # at a crop or an erased rectangle that fits
-_APPLIED = 0.5  # probability that a drawn RandAugment operation is applied
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _VIEW_CROP, _VIEW_RATIO = "center", 224 / 256  # the view of "none"
 
@@ -36,42 +42,9 @@ _TOP, _LEFT, _FLIP = 0, 1, 2
 _JITTER = 10  # order, brightness, contrast, saturation
 _ERASE, _ERASE_TOP, _ERASE_LEFT, _ERASE_NOISE = 20, 21, 22, 23
 _CROP_TRY, _ERASE_TRY = 100, 200  # area and ratio of each attempt
-_OPS = 300  # _OP_SLOTS for each operation: which, applied, magnitude (2), direction
-_OP_SLOTS = 5
+_OPS = 300  # of RandAugment, and all after it
 # Slots of a pair's mixing parameters.
 _MIX, _SWITCH, _MIX_TOP, _MIX_LEFT, _BETA = 10_000, 10_001, 10_002, 10_003, 10_100
-
-
-class SpecError(ValueError):
-    """An augmentation setting that cannot work; the message names the field."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Everything besides the seed that a view and its mixing depend on.
-
-    Fields are those of `config.augment` and mean the same, and besides them:
-        version: of the code that draws and applies views.
-        image_size: side of a view in pixels.
-        mean, std: of the noise that erases; the fill of RandAugment is round(255 * mean).
-    """
-
-    spec: str
-    version: int
-    image_size: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    pad: int
-    flip: float
-    rand_augment: str
-    color_jitter: float
-    erase: float
-    mixup: float
-    cutmix: float
-    mix_prob: float
-    mix_switch: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 class View(NamedTuple):
@@ -91,112 +64,40 @@ class View(NamedTuple):
     top: float
     left: float
     flip: bool
-    ops: tuple[tuple[str, float], ...]
+    ops: rand_augment.Applied
     erase: Box
     noise: int
 
 
-def make_spec(augment_config: Any, image_size: int) -> Spec:
-    """Reads a Spec from `config.augment`, or from anything with its attributes.
+def replay(data: bytes, name: str, seed: int, spec: Spec) -> np.ndarray:
+    """Decodes an image and makes the view of a seed: the one function for every spec.
 
-    Settings without effect (the colour jitter beside RandAugment, the padding of "imagenet" ...)
-    are set to zero, so that two specs differ only where their views do.
+    Args:
+        data: the file's bytes.
+        name: what to call the image in an error.
+        seed: of the view.
+        spec: the augmentation.
 
-    Raises:
-        SpecError: for an unknown name or a RandAugment string that is not understood.
-    """
-    a = augment_config
-    if a.spec not in ("imagenet", "small", "none"):
-        raise SpecError(f"--config.augment.spec={a.spec} is unknown: expected imagenet, small or "
-                        f"none.")
-    random, crops, mixes = a.spec != "none", a.spec == "imagenet", a.mixup > 0 or a.cutmix > 0
-    rand_augment = a.rand_augment if random else ""
-    _parse_rand_augment(rand_augment)
-    return Spec(
-        spec=a.spec, version=VERSION, image_size=int(image_size),
-        scale=_pair(a.scale) if crops else (0.0, 0.0),
-        ratio=_pair(a.ratio) if crops else (0.0, 0.0),
-        pad=int(a.pad) if a.spec == "small" else 0,
-        flip=float(a.flip) if random else 0.0,
-        rand_augment=rand_augment,
-        color_jitter=float(a.color_jitter) if random and not rand_augment else 0.0,
-        erase=float(a.erase) if random else 0.0,
-        mixup=float(a.mixup) if a.mix_prob > 0 else 0.0,
-        cutmix=float(a.cutmix) if a.mix_prob > 0 else 0.0,
-        mix_prob=float(a.mix_prob) if mixes else 0.0,
-        mix_switch=float(a.mix_switch) if a.mixup > 0 and a.cutmix > 0 and a.mix_prob > 0 else 0.0,
-        mean=MEAN, std=STD,
-    )
-
-
-def _pair(values: Any) -> tuple[float, float]:
-    low, high = values
-    return float(low), float(high)
-
-
-def to_dict(spec: Spec) -> dict[str, Any]:
-    """A dictionary that JSON keeps without loss."""
-    return {key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(spec).items()}
-
-
-def from_dict(fields: Mapping[str, Any]) -> Spec:
-    """The Spec that `to_dict` wrote.
+    Returns:
+        uint8 [S, S, 3], S = spec.image_size.
 
     Raises:
-        SpecError: for a version this code does not replay, or fields that are not a Spec's.
+        ops.ImageError: for bytes that are no image, or not all of one.
     """
-    found = fields.get("version")
-    if found != VERSION:
-        raise SpecError(
-            f"The augmentation has version {found}, and this tinyvit_jax replays version {VERSION} "
-            f"only. Install the release of tinyvit_jax that wrote it, or make the store again."
-        )
-    known = {field.name for field in dataclasses.fields(Spec)}
-    if known != set(fields):
-        raise SpecError(
-            f"The augmentation of version {VERSION} does not have its fields: missing "
-            f"{sorted(known - set(fields))}, unknown {sorted(set(fields) - known)}. The manifest "
-            f"was edited or damaged; restore it, or make the store again."
-        )
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
-                              for key, value in fields.items()}
-    return Spec(**values)
-
-
-class _RandAugment(NamedTuple):
-    magnitude: float
-    std: float
-    operations: int
-
-
-@functools.lru_cache(maxsize=16)
-def _parse_rand_augment(text: str) -> _RandAugment:
-    """Reads timm's notation, for example rand-m9-mstd0.5-inc1; "" has no operations."""
-    if not text:
-        return _RandAugment(0.0, 0.0, 0)
-    parts = text.split("-")
-    matches = [re.fullmatch(r"(mstd|m|n|inc)([\d.]+)", part) for part in parts[1:]]
-    found = {match[1]: match[2] for match in matches if match}
-    try:
-        if parts[0] != "rand" or len(found) != len(parts) - 1 or int(found.get("inc", 0)) != 1:
-            raise ValueError(text)
-        parsed = _RandAugment(int(found.get("m", 10)), float(found.get("mstd", 0)),
-                              int(found.get("n", 2)))
-        if not (0 <= parsed.magnitude <= 10 and parsed.operations >= 1):
-            raise ValueError(text)
-    except ValueError:
-        raise SpecError(
-            f"--config.augment.rand_augment={text} is not understood: expected a string like "
-            f"rand-m9-mstd0.5-inc1, that is a magnitude m of 0 to 10, its spread mstd, a number n "
-            f"of operations (2 if left out) and inc1, the one set of operations there is; or "
-            f"nothing, to switch it off."
-        ) from None
-    return parsed
+    if spec.spec == "microsoft":
+        return microsoft.replay(data, name, seed, spec)
+    return apply_view(ops.decode(data, name), sample_view(seed, spec), spec)
 
 
 def sample_view(seed: int, spec: Spec) -> View:
-    """Draws a view from its seed, a whole number of up to 64 bits."""
+    """Draws a view from its seed, a whole number of up to 64 bits.
+
+    Raises:
+        SpecError: for "microsoft", whose draws depend on the size of the image.
+    """
+    if spec.spec == "microsoft":
+        raise SpecError("A view of augment.spec=microsoft cannot be drawn without its image: use "
+                        "augment.replay, or microsoft.sample_view with the image's size.")
     if spec.spec == "none":
         return View((), 0.0, 0.0, False, (), NO_BOX, 0)
     crop: tuple[tuple[float, float], ...] = ()
@@ -209,7 +110,7 @@ def sample_view(seed: int, spec: Spec) -> View:
         top=draws.unit(seed, _TOP),
         left=draws.unit(seed, _LEFT),
         flip=draws.unit(seed, _FLIP) < spec.flip,
-        ops=_sample_ops(seed, spec) if spec.rand_augment else _sample_jitter(seed, spec),
+        ops=_sample_ops(seed, spec),
         erase=box,
         noise=draws.hash64(seed, _ERASE_NOISE) if box != NO_BOX else 0,
     )
@@ -225,33 +126,17 @@ def _area_and_ratio(seed: int, slot: int, area: tuple[float, float],
     return fraction, round(math.exp(low + (high - low) * draws.unit(seed, slot + 1)), 9)
 
 
-def _sample_ops(seed: int, spec: Spec) -> tuple[tuple[str, float], ...]:
-    setting = _parse_rand_augment(spec.rand_augment)
-    names = list(ops.RAND_AUGMENT)
-    chosen = []
-    for i in range(setting.operations):
-        slot = _OPS + _OP_SLOTS * i
-        if draws.unit(seed, slot + 1) >= _APPLIED:
-            continue
-        name = names[int(draws.unit(seed, slot) * len(names))]
-        level = setting.magnitude + setting.std * _gauss(seed, slot + 2)
-        level = min(max(round(level, 9), 0.0), 10.0)
-        negative = draws.unit(seed, slot + 4) >= 0.5
-        chosen.append((name, ops.make_argument(name, level, negative)))
-    return tuple(chosen)
-
-
-def _gauss(seed: int, slot: int) -> float:
-    """A number of N(0, 1) by Box and Muller's transform of two draws."""
-    radius = math.sqrt(-2 * math.log(1 - draws.unit(seed, slot)))
-    return radius * math.cos(2 * math.pi * draws.unit(seed, slot + 1))
+def _sample_ops(seed: int, spec: Spec) -> rand_augment.Applied:
+    if not spec.rand_augment:
+        return _sample_jitter(seed, spec)
+    return rand_augment.sample(seed, rand_augment.parse(spec.rand_augment), _OPS)
 
 
 _JITTERS = tuple(itertools.permutations(
     ("BrightnessIncreasing", "ContrastIncreasing", "ColorIncreasing")))
 
 
-def _sample_jitter(seed: int, spec: Spec) -> tuple[tuple[str, float], ...]:
+def _sample_jitter(seed: int, spec: Spec) -> rand_augment.Applied:
     """Brightness, contrast and saturation in a drawn order, factors of 1 -+ the strength."""
     if not spec.color_jitter:
         return ()
@@ -318,18 +203,14 @@ def apply_view(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
         image = ops.pad(ops.resize(image, size, size), spec.pad)
         image = ops.crop(image, int(view.top * free), int(view.left * free), size, size)
     image = ops.flip(image) if view.flip else np.ascontiguousarray(image)
-    fill, noise = _fill_and_noise(spec.mean, spec.std)
     for name, argument in view.ops:
-        image = ops.RAND_AUGMENT[name](image, argument, fill)
+        image = rand_augment.OPERATIONS[name](image, argument, spec.fill)
     if view.erase != NO_BOX:
-        image = ops.erase(image, view.erase, view.noise, noise)
+        image = ops.erase(image, view.erase, view.noise, _noise_tables(spec.mean, spec.std))
     return image
 
 
-@functools.lru_cache(maxsize=16)
-def _fill_and_noise(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[ops.Fill, np.ndarray]:
-    r, g, b = (min(255, round(255 * m)) for m in mean)
-    return (r, g, b), ops.make_noise_tables(mean, std)
+_noise_tables = functools.lru_cache(maxsize=16)(ops.make_noise_tables)
 
 
 def sample_mix(seed_a: int, seed_b: int, spec: Spec) -> tuple[float, Box]:
@@ -346,6 +227,8 @@ def sample_mix(seed_a: int, seed_b: int, spec: Spec) -> tuple[float, Box]:
         an empty box is a view that is not mixed.
     """
     seed = seed_a ^ seed_b
+    if spec.spec == "microsoft":
+        return microsoft.sample_mix(seed, spec)
     if not (spec.mixup or spec.cutmix) or draws.unit(seed, _MIX) >= spec.mix_prob:
         return 1.0, NO_BOX
     both = spec.mixup > 0 and spec.cutmix > 0

@@ -53,6 +53,13 @@ class FolderSource:
         """Reads several examples at once, in the order asked for."""
         return [self[i] for i in indices]
 
+    def keys(self) -> np.ndarray:
+        """The key of every image as UTF-8: dtype S [n]."""
+        found = np.empty(len(self), f"S{np.diff(self._ends).max()}")
+        for i in range(len(self)):
+            found[i] = self._keys[self._ends[i]:self._ends[i + 1]]
+        return found
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 over class names, keys and labels."""

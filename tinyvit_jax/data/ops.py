@@ -27,7 +27,6 @@ cv2.setNumThreads(0)
 Fill = tuple[int, int, int]
 
 JPEG_QUALITY = 95
-_LEVELS = 10.0  # RandAugment's magnitudes run from 0 to 10
 _SOLARIZE_ADD_BELOW = 128
 _LUMA = (19595, 38470, 7471)  # ITU-R 601 weights in 1/65536, as PIL's "L" has them
 _RAMP = np.arange(256, dtype=np.int32)
@@ -63,12 +62,17 @@ def decode(data: bytes, name: str) -> np.ndarray:
         except cv2.error:  # a size over OpenCV's limit
             image = None
     if image is None:
-        raise ImageError(
-            f"Image {name} cannot be decoded: its {len(data)} bytes are not a complete JPEG, PNG "
-            f"or WebP file. Replace or delete it; tools/pack_images.py finds every such image of "
-            f"a set and leaves it out."
-        )
+        raise make_image_error(name, len(data))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def make_image_error(name: str, length: int) -> ImageError:
+    """The error for an image whose bytes, of a given length, cannot be decoded."""
+    return ImageError(
+        f"Image {name} cannot be decoded: its {length} bytes are not a complete JPEG, PNG or WebP "
+        f"file. Replace or delete it; tools/pack_images.py finds every such image of a set and "
+        f"leaves it out."
+    )
 
 
 def _jpeg_stops_early(data: bytes) -> bool:
@@ -233,12 +237,12 @@ def invert(image: np.ndarray) -> np.ndarray:
 
 
 def posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the highest `bits` (0 to 8) bits; none leaves black."""
-    return _map_all(image, _RAMP & ~(2 ** (8 - bits) - 1))
+    """Keeps the highest `bits` bits: 8 and more all of them, 0 and less leave black."""
+    return _map_all(image, _RAMP & ~(2 ** (8 - min(bits, 8)) - 1))
 
 
 def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
-    """Inverts the values from `threshold` (0 to 256) upwards."""
+    """Inverts the values from `threshold` upwards: all from 0 down, none from 256 up."""
     return _map_all(image, np.where(threshold <= _RAMP, 255 - _RAMP, _RAMP))
 
 
@@ -347,58 +351,6 @@ def _shift_columns(image: np.ndarray, distance: float, fill: Fill) -> np.ndarray
         moved = cv2.filter2D(edged, cv2.CV_32F, taps, anchor=(1, 0), delta=1 / 4096)
         out[:, low:high] = np.clip(moved[:, low + whole + 2:high + whole + 2], 0, 255)
     return out
-
-
-# Every operation as f(image, argument, fill), in the order of timm's list: the draw of an
-# operation is an index into it, so the order is frozen.
-RAND_AUGMENT: dict[str, Callable[[np.ndarray, float, Fill], np.ndarray]] = {
-    "AutoContrast": lambda image, _, fill: auto_contrast(image),
-    "Equalize": lambda image, _, fill: equalize(image),
-    "Invert": lambda image, _, fill: invert(image),
-    "Rotate": rotate,
-    "PosterizeIncreasing": lambda image, bits, fill: posterize(image, int(bits)),
-    "SolarizeIncreasing": lambda image, threshold, fill: solarize(image, int(threshold)),
-    "SolarizeAdd": lambda image, amount, fill: solarize_add(image, int(amount)),
-    "ColorIncreasing": lambda image, factor, fill: color(image, factor),
-    "ContrastIncreasing": lambda image, factor, fill: contrast(image, factor),
-    "BrightnessIncreasing": lambda image, factor, fill: brightness(image, factor),
-    "SharpnessIncreasing": lambda image, factor, fill: sharpness(image, factor),
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateXRel": translate_x,
-    "TranslateYRel": translate_y,
-}
-
-
-def make_argument(name: str, level: float, negative: bool) -> float:
-    """The argument of a RandAugment operation at a magnitude.
-
-    Args:
-        name: a key of RAND_AUGMENT.
-        level: magnitude in [0, 10].
-        negative: draws the other direction, for the operations that have two.
-
-    Returns:
-        Degrees, bits, threshold, amount, factor or fraction; 0 for the operations without one.
-    """
-    part = level / _LEVELS
-    sign = -1 if negative else 1
-    if name == "Rotate":
-        return sign * part * 30
-    if name == "PosterizeIncreasing":
-        return 4 - int(part * 4)
-    if name == "SolarizeIncreasing":
-        return 256 - int(part * 256)
-    if name == "SolarizeAdd":
-        return int(part * 110)
-    if name in ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing",
-                "SharpnessIncreasing"):
-        return max(0.1, 1 + sign * part * 0.9)
-    if name in ("ShearX", "ShearY"):
-        return sign * part * 0.3
-    if name in ("TranslateXRel", "TranslateYRel"):
-        return sign * part * 0.45
-    return 0
 
 
 def make_noise_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

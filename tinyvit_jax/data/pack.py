@@ -10,16 +10,16 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from array_record.python import array_record_module
 
 from tinyvit_jax.data import ops
-from tinyvit_jax.data.source import Example, Fingerprint, ImageSource, SourceError
+from tinyvit_jax.data.source import Example, Fingerprint, SourceError, read_keys
 
 FORMAT_VERSION = 1
 
@@ -78,6 +78,10 @@ class PackSource:
             for place, record in zip(places, records, strict=True):
                 found[place] = _unpack_record(record)
         return found
+
+    def keys(self) -> np.ndarray:
+        """The key of every image as UTF-8, out of all the records: dtype S [n]."""
+        return read_keys(self)
 
     def _read_shard(self, shard: int, places: list[int]) -> list[bytes]:
         try:
@@ -157,10 +161,21 @@ class PackSettings:
     origin: str = ""
 
 
+class Packable(Protocol):
+    """What a pack can be made of: the part of an ImageSource that is read for it."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Example: ...
+
+
 class SplitWriter:
     """Writes one split of a pack, shard by shard; `entry` is its part of the manifest."""
 
-    def __init__(self, out: Path, split: str, source: ImageSource, settings: PackSettings):
+    def __init__(self, out: Path, split: str, source: Packable, settings: PackSettings):
         self._out, self._split, self._source, self._settings = out, split, source, settings
         self.corrupt: list[str] = []  # key and reason, of the images left out
 
@@ -195,6 +210,10 @@ class SplitWriter:
 
     def _prepare(self, i: int) -> Example | None:
         example = self._source[i]
+        if example.labels is not None:
+            raise SourceError(f"The image {example.key} has several labels, and a pack keeps one "
+                              f"for each. Read this set where it is: by "
+                              f"--config.data.eval_source=tfds:NAME.")
         try:
             image = ops.decode(example.image, example.key)
         except ops.ImageError as error:
@@ -232,7 +251,7 @@ def check_empty(out: Path) -> None:
                           f"that no older file can be taken for a part of this pack.")
 
 
-def write_pack(out: Path, sources: dict[str, ImageSource], settings: PackSettings,
+def write_pack(out: Path, sources: Mapping[str, Packable], settings: PackSettings,
                progress: Any) -> dict[str, Any]:
     """Writes a pack of the images that can be decoded; the others go to corrupt.txt.
 

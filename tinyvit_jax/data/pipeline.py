@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyvit_jax.batch import Batch
-from tinyvit_jax.data import augment, images, ops
-from tinyvit_jax.data.order import Order
+from tinyvit_jax.data import augment, images, labels, ops
+from tinyvit_jax.data.order import AnyOrder
 from tinyvit_jax.store.store import Store
 
 
@@ -40,7 +40,7 @@ class Views:
         passes: of the store to show before they are shown again; 0 = all it has.
     """
 
-    def __init__(self, source: images.ImageSource, spec: augment.Spec, order: Order,
+    def __init__(self, source: images.ImageSource, spec: augment.Spec, order: AnyOrder,
                  store: Store | None = None, passes: int = 0):
         self.source, self.spec, self.order, self.store = source, spec, order, store
         self.passes = passes or (store.manifest.passes if store else 0)
@@ -67,8 +67,7 @@ class Views:
         return batch
 
     def _replay(self, example: images.Example, seed: int) -> np.ndarray:
-        pixels = ops.decode(example.image, example.key)
-        return augment.apply_view(pixels, augment.sample_view(seed, self.spec), self.spec)
+        return augment.replay(example.image, example.key, seed, self.spec)
 
     def _targets(self, pass_number: np.ndarray, position: np.ndarray, index: np.ndarray,
                  seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,11 +111,14 @@ class EvalBatches:
         view: fn(pixels uint8 [h, w, 3]) -> uint8 [S, S, 3].
         batch_size: rows over all processes.
         rows: this process's share.
+        most_labels: of an image, where a set has any number of them: the width of "labels".
+            0 = each image has one, and batches have no "labels".
     """
 
     def __init__(self, source: images.ImageSource, view: Callable[[np.ndarray], np.ndarray],
-                 batch_size: int, rows: Rows):
+                 batch_size: int, rows: Rows, most_labels: int = 0):
         self.source, self.view, self.batch_size, self.rows = source, view, batch_size, rows
+        self.most_labels = most_labels
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
@@ -126,12 +128,16 @@ class EvalBatches:
         real = range(first, min(first + self.rows.size, len(self.source)))
         examples = self.source.read(list(real)) or [self.source[0]]  # all padding: any image does
         pixels = [self.view(ops.decode(e.image, e.key)) for e in examples]
-        labels = [e.label for e in examples]
         padding = self.rows.size - len(pixels)
+        examples += examples[-1:] * padding
         weight = np.zeros(self.rows.size, np.float32)
         weight[: len(real)] = 1
-        return Batch(image=np.stack(pixels + pixels[-1:] * padding),
-                     label=np.array(labels + labels[-1:] * padding, np.int32), weight=weight)
+        batch = Batch(image=np.stack(pixels + pixels[-1:] * padding),
+                      label=np.array([e.label for e in examples], np.int32), weight=weight)
+        if self.most_labels:
+            batch["labels"] = labels.pad_labels([e.labels or () for e in examples],
+                                                self.most_labels)
+        return batch
 
 
 def batch_stream(batches, start: int = 0, *, threads: int = 0, workers: int = 0,

@@ -6,6 +6,7 @@ one, whether they lie in a folder or in the pack made of it.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,8 @@ import numpy as np
 from tinyvit_jax.data import draws
 
 _HELD_OUT = 10  # one image of this many
+_CHUNK = 1024  # examples read at once for their keys
+_LARGE = 100_000  # images whose reading takes so long that a message says so
 _HOLD_OUT_SEED = 0x7E57  # frozen: another value would move images between train and eval
 
 
@@ -27,6 +30,8 @@ class Example(NamedTuple):
     key: str
     image: bytes
     label: int
+    # Every right class, ascending, of a set that has any number of them; None: the label alone.
+    labels: tuple[int, ...] | None = None
 
 
 class ImageSource(Protocol):
@@ -52,6 +57,24 @@ class ImageSource(Protocol):
     def read(self, indices: Sequence[int]) -> list[Example]:
         """Reads several examples at once, in the order asked for."""
         ...
+
+    def keys(self) -> np.ndarray:
+        """The key of every image by position, as UTF-8: dtype S (zero-padded bytes), [n].
+
+        A folder has them in memory; other sources read their records, images and all.
+        """
+        ...
+
+
+def read_keys(source: ImageSource) -> np.ndarray:
+    """The keys of a source that has them in its records alone: dtype S [n]."""
+    if len(source) > _LARGE:
+        logging.getLogger(__name__).info(
+            "%s keeps its keys in its records: reading all %d of them", source.name, len(source))
+    starts = range(0, len(source), _CHUNK)
+    return np.concatenate([
+        np.array([e.key.encode() for e in source.read(range(s, min(s + _CHUNK, len(source))))])
+        for s in starts])
 
 
 class Fingerprint:

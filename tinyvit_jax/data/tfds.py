@@ -3,16 +3,24 @@
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinyvit_jax.data.source import Example, Fingerprint, SourceError
+import numpy as np
 
+from tinyvit_jax.data.source import Example, Fingerprint, SourceError, read_keys
+
+# The feature of all right classes of an image, any number of them, and that of the one class it
+# came with: ImageNet-Real, Beyer et al., arXiv 2006.07159.
+_SEVERAL = {"real_label": "original_label"}
 _FINGERPRINT_SAMPLE = 4096  # records that a fingerprint reads: all of them would be all the images
 
 
 class TfdsSource:
-    """A prepared set of tensorflow-datasets with "image" and "label", read without TensorFlow."""
+    """A prepared set of tensorflow-datasets with "image" and "label", read without TensorFlow.
+
+    ImageNet-Real, which has "real_label" instead, gives examples with several labels or none.
+    """
 
     def __init__(self, dataset: str, split: str, data_dir: str):
         self.name = f"tfds:{dataset}"
@@ -28,11 +36,12 @@ class TfdsSource:
             ) from error
         self._check(builder, dataset, command)
         splits = builder.info.splits
-        self._split = _choose_split(self.name, split, list(splits))
-        self.class_names = tuple(builder.info.features["label"].names)
+        self.split = _choose_split(self.name, split, list(splits))
+        self._label, self._several = _find_labels(builder.info.features)
+        self.class_names = tuple(builder.info.features[self._label].names)
         self._version = str(builder.info.version)
         self._data = builder.as_data_source(
-            split=self._split, decoders={"image": tfds.decode.SkipDecoding()})
+            split=self.split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def _check(self, builder: Any, dataset: str, command: str) -> None:
         info = builder.info
@@ -50,7 +59,8 @@ class TfdsSource:
                 f"another --config.data.data_dir, and prepare the set again with  {command}"
             )
         features = dict(info.features)
-        classes = getattr(features.get("label"), "num_classes", None) or 0  # a ClassLabel has them
+        label, _ = _find_labels(features)
+        classes = getattr(features.get(label), "num_classes", None) or 0  # a ClassLabel has them
         if "image" not in features or classes < 2:
             raise SourceError(
                 f"{self.name} is not a set for image classification: expected the features image "
@@ -68,24 +78,48 @@ class TfdsSource:
         places = [range(len(self))[i] for i in indices]
         return [self._example(record) for record in self._data.__getitems__(places)]
 
+    def keys(self) -> np.ndarray:
+        """The key of every image as UTF-8, out of all the records: dtype S [n]."""
+        return read_keys(self)
+
     def _example(self, record: dict[str, Any]) -> Example:
-        image, label = record["image"], int(record["label"])
+        image, label = record["image"], int(record[self._label])
         if label < 0:
-            raise SourceError(f"{self.name}, split {self._split}, has images without a label. "
+            raise SourceError(f"{self.name}, split {self.split}, has images without a label. "
                               f"Choose another split by --config.data.train_split or eval_split.")
+        several = None
+        if self._several:
+            several = tuple(sorted({int(i) for i in record[self._several]}))
+            label = label if label in several or not several else several[0]
         for field in ("file_name", "id"):
             if field in record:
-                return Example(record[field].decode(), image, label)
-        return Example(hashlib.sha256(image).hexdigest(), image, label)
+                return Example(record[field].decode(), image, label, several)
+        return Example(hashlib.sha256(image).hexdigest(), image, label, several)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 over class names, version, split, length, and up to 4,096 keys and labels."""
         count = min(len(self), _FINGERPRINT_SAMPLE)
         places = [i * len(self) // count for i in range(count)]
-        head = [(self._version, 0), (self._split, len(self))]
-        pairs = ((e.key, e.label) for e in self.read(places))
+        head = [(self._version, 0), (self.split, len(self))]
+        pairs = ((e.key, label) for e in self.read(places)
+                 for label in (e.label, *(e.labels or ())))
         return Fingerprint(self.class_names).add(itertools.chain(head, pairs)).hexdigest()
+
+
+def list_classes(dataset: str) -> tuple[str, ...]:
+    """The class names of a set, in order, which tensorflow-datasets knows without its images."""
+    import tensorflow_datasets as tfds
+
+    return tuple(tfds.builder(dataset).info.features["label"].names)
+
+
+def _find_labels(features: Mapping[str, Any]) -> tuple[str, str]:
+    """The feature with an image's class, and the one with all its right classes, "" for none."""
+    if "label" in features:
+        return "label", ""
+    several = next((name for name in _SEVERAL if name in features), "")
+    return _SEVERAL.get(several, "label"), several
 
 
 def _prepare_command(dataset: str, data_dir: str) -> str:

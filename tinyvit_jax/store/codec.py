@@ -37,6 +37,7 @@ _HEADER = _PREFIX.size + _FIELDS.size
 _KL = 4.6e-5  # nats, expected divergence of decoded from original targets in compact mode
 _GRADIENT = 0.0095  # error of the loss gradient by the logits over a block, of an untrained student
 _SUM_TOLERANCE = 1e-4  # a softmax of 100,000 float32 numbers sums to 1 within far less
+_HALF_ROUNDING = 2.0**-11, 2.0**-25  # of float16: relative, and absolute of its smallest numbers
 _ODDS = 128  # steps an octave of the odds left-over : kept, half a step is 0.3 %
 _ODDS_ZERO = 32769  # code of odds 1; code 0 is nothing left over
 _TOP = 1 << 32  # above every code of a probability
@@ -53,7 +54,8 @@ def encode(index: np.ndarray, prob: np.ndarray, *, num_classes: int, mode: str =
 
     Args:
         index: classes, integers [n, K] in [0, num_classes), none twice in a view, in any order.
-        prob: their softmax probabilities, float32 [n, K]; 0 < sum <= 1 in each view.
+        prob: their softmax probabilities, float32 [n, K]; 0 < sum <= 1 in each view, in float16
+            mode up to what rounding each to float16 adds.
         num_classes: C, at most 2**24; the mass 1 - sum belongs to the other C - K classes alike.
         mode: "compact" or "float16".
 
@@ -66,7 +68,8 @@ def encode(index: np.ndarray, prob: np.ndarray, *, num_classes: int, mode: str =
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; expected one of {', '.join(MODES)}")
-    index, prob = _check(np.asarray(index), np.asarray(prob), num_classes)
+    index, prob = np.asarray(index), np.asarray(prob)
+    index, prob = _check(index, prob, num_classes, max_sum(index.shape[-1], mode))
     order = np.argsort(index, axis=1)
     index = np.take_along_axis(index, order, 1)
     prob = np.take_along_axis(prob, order, 1)
@@ -118,6 +121,15 @@ def decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     return index, _probabilities(level, step, odds, small)
 
 
+def max_sum(top_k: int, mode: str) -> float:
+    """The largest sum of a view's K probabilities that is still taken for at most 1.
+
+    Probabilities that were rounded to float16 one by one may sum to more than 1 by the roundings.
+    """
+    relative, absolute = _HALF_ROUNDING
+    return 1 + (relative + top_k * absolute if mode == "float16" else _SUM_TOLERANCE)
+
+
 def digest(image_index: np.ndarray, view_seed: np.ndarray) -> int:
     """The 64-bit digest of the keys of a block, in their order.
 
@@ -147,7 +159,8 @@ def key_bits(image_index: np.ndarray, view_seed: np.ndarray) -> np.ndarray:
     return (z >> np.uint64(63)).astype(np.uint8)
 
 
-def _check(index: np.ndarray, prob: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _check(index: np.ndarray, prob: np.ndarray, classes: int, largest: float
+           ) -> tuple[np.ndarray, np.ndarray]:
     """The arrays as int32 and float32, or a ValueError that names the first bad view."""
     if index.ndim != 2 or index.shape != prob.shape or 0 in index.shape:
         raise ValueError(f"index and prob must both be [n, K] with n, K >= 1, found "
@@ -167,7 +180,7 @@ def _check(index: np.ndarray, prob: np.ndarray, classes: int) -> tuple[np.ndarra
     need(((index >= 0) & (index < classes)).all(1), f"classes must lie in [0, {classes})", index)
     need((prob >= 0).all(1), "probabilities must be numbers >= 0", prob)
     total = prob.sum(1, dtype=np.float64)
-    need((total > 0) & (total <= 1 + _SUM_TOLERANCE), "probabilities must sum to (0, 1]", total)
+    need((total > 0) & (total <= largest), "probabilities must sum to (0, 1]", total)
     index = index.astype(np.int32, copy=False)
     ordered = np.sort(index, axis=1)
     need((ordered[:, 1:] > ordered[:, :-1]).all(1), "no class may come twice", index)

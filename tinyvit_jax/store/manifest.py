@@ -7,8 +7,10 @@ from typing import Any
 
 from tinyvit_jax.store import codec, files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: keys by formula; 2: keys in the blocks
+KEYS = ("formula", "stored")
 CAPTURE = "python tools/save_logits.py --config=... --workdir=..."
+IMPORT = "python tools/import_store.py --config=... --from=..."
 
 
 class StoreError(ValueError):
@@ -17,7 +19,11 @@ class StoreError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store is: whatever decides the meaning of its targets, and how they are cut."""
+    """What a store is: whatever decides the meaning of its targets, and how they are cut.
+
+    `keys` says what decides which image and seed a position stands for: "formula", that of
+    data/order.py with data_seed; or "stored", the blocks themselves, and data_seed means nothing.
+    """
 
     teacher: dict  # name, weights (hash), image_size, mean, std
     class_names: tuple[str, ...]
@@ -32,7 +38,18 @@ class Manifest:
     codec: str = "compact"
     temperature: float = 1.0  # of the teacher's softmax
     tail: str = "uniform"  # what becomes of the mass outside the top K
-    format_version: int = FORMAT_VERSION
+    keys: str = "formula"  # formula | stored
+    origin: dict = dataclasses.field(default_factory=dict)  # of an imported store: where it was
+
+    @property
+    def format_version(self) -> int:
+        """The oldest format that can say this: a formula store stays readable for old releases."""
+        return 2 if self.keys == "stored" else 1
+
+    @property
+    def command(self) -> str:
+        """What to run for a shard that is missing or damaged."""
+        return IMPORT if self.origin else CAPTURE
 
     def check(self) -> None:
         """Raises StoreError for the first field that cannot work."""
@@ -48,6 +65,11 @@ class Manifest:
             ("codec", self.codec in codec.MODES, f"one of {', '.join(codec.MODES)}"),
             ("temperature", self.temperature > 0, "a number above 0"),
             ("tail", self.tail == "uniform", "uniform"),
+            ("keys", self.keys in KEYS, f"one of {', '.join(KEYS)}"),
+            ("image_set", self.keys != "stored" or self.image_set.get("images", 0) >= 1,
+             "its number of images under \"images\", as the blocks hold image indices"),
+            ("origin", not self.origin or self.keys == "stored",
+             "nothing, where a formula gives the keys"),
         ):
             if not ok:
                 raise StoreError(f"A store with {name}={getattr(self, name)!r} cannot be made: "
@@ -56,6 +78,7 @@ class Manifest:
     def to_dict(self) -> dict:
         """The fields as JSON knows them (lists for tuples), class names last."""
         fields = dataclasses.asdict(self)
+        fields["format_version"] = self.format_version
         fields["class_names"] = fields.pop("class_names")
         return json.loads(json.dumps(fields))
 
@@ -93,7 +116,12 @@ def _difference(name: str, wanted: Any, found: Any) -> str:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes manifest.json, a field a line."""
-    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in manifest.to_dict().items()]
+    fields = manifest.to_dict()
+    for field in dataclasses.fields(Manifest):
+        # Format 1 does not know these: where they say nothing new, they are not written.
+        if field.name in ("keys", "origin") and manifest.keys == "formula":
+            del fields[field.name]
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in fields.items()]
     files.write_text(path / "manifest.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -108,7 +136,7 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(f"There is no store at {path}. Capture it with: {CAPTURE}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        version = fields["format_version"]
+        version = fields.pop("format_version")
         if version > FORMAT_VERSION:
             raise StoreError(f"The store {path} has format {version}, this tinyvit_jax reads up to "
                              f"{FORMAT_VERSION}. Update it with: pip install -U tinyvit_jax")

@@ -1,8 +1,9 @@
 """The teacher-logit store: a folder of immutable shards of targets beside one manifest.
 
-A store holds passes; position q of pass p stands for one image and one view seed, both a formula of
-the data seed (data/order.py), so keys are not stored: every block carries a digest of its own and
-is held against the keys that the reader expects. On disk:
+A store holds passes; position q of pass p stands for one image and one view seed. Both are a
+formula of the data seed (data/order.py), and every block carries a digest of them, which is held
+against the keys that the reader expects; or they are what another program once drew, and every
+block holds them too (`Manifest.keys`). On disk:
 
     manifest.json                       what the store is; the first thing written
     pass-00000/shard-00000.array_record blocks of `block_views` views, one ArrayRecord record each
@@ -15,11 +16,9 @@ more than its records; at 10 classes a view, shards of 65,536 views keep that be
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
-import struct
 import threading
 import zlib
 from collections import OrderedDict
@@ -29,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit_jax.store import codec, files
-from tinyvit_jax.store.codec import digest, key_bits
+from tinyvit_jax.store import blocks, codec, files
+from tinyvit_jax.store.blocks import Block, Keys, Reader, Targets
 from tinyvit_jax.store.manifest import (
     CAPTURE,
     Manifest,
@@ -44,13 +43,8 @@ from tinyvit_jax.store.manifest import (
 # A block is a chunk of its own. Below level 16 all byte planes of a block share one Huffman code,
 # which costs 6 to 8 % of the bytes.
 _WRITER = "group_size:1,zstd:19"
-_READER = "readahead_buffer_size:0,max_parallelism:0"
 _CACHED_BLOCKS = 64
 _OPEN_READERS = 16
-_DIGEST = struct.Struct("<Q")
-
-Keys = tuple[np.ndarray, np.ndarray]  # image index int64 [n], view seed uint32 [n]
-Targets = tuple[np.ndarray, np.ndarray]  # index int32 [n, K], prob float32 [n, K]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +81,7 @@ def create_store(path: str | Path, manifest: Manifest) -> "Store":
         _extend(path, manifest)
     elif any(path.glob("pass-*/shard-*.array_record")):
         raise StoreError(f"{path} holds shards without a manifest.json: nobody can say what they "
-                         f"are. Remove the folder or name another, then run {CAPTURE}")
+                         f"are. Remove the folder or name another, then run {manifest.command}")
     else:
         path.mkdir(parents=True, exist_ok=True)
         write_manifest(path, manifest)
@@ -100,8 +94,8 @@ def _extend(path: Path, manifest: Manifest) -> None:
     wanted, found = manifest.to_dict(), read_manifest(path).to_dict()
     grows = wanted["passes"] > found["passes"]
     compare(path, flatten(wanted), flatten(found | ({"passes": wanted["passes"]} if grows else {})),
-            f"To keep both, name another folder by --config.store.path and run {CAPTURE}; to use "
-            "this one, set the config back to its values.")
+            f"To keep both, name another folder by --config.store.path and run "
+            f"{manifest.command}; to use this one, set the config back to its values.")
     if grows:
         write_manifest(path, manifest)
 
@@ -127,8 +121,8 @@ class Store:
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
         self._lock = threading.Lock()
-        self._readers: OrderedDict[Shard, _Reader] = OrderedDict()
-        self._blocks: OrderedDict[tuple[Shard, int], _Block] = OrderedDict()
+        self._readers: OrderedDict[Shard, Reader] = OrderedDict()
+        self._blocks: OrderedDict[tuple[Shard, int], Block] = OrderedDict()
 
     def __reduce__(self):
         return Store, (self.path, self.manifest)
@@ -162,20 +156,20 @@ class Store:
                  if any(name == e or name.startswith(e + ".") for e in expected)}
         compare(self.path, wanted, found,
                  "Set the config to the store's values, or name another folder by "
-                 f"--config.store.path and capture it with: {CAPTURE}")
+                 f"--config.store.path and make it with: {self.manifest.command}")
 
-    def write_shard(self, shard: Shard, blocks: Iterable[tuple[Keys, np.ndarray, np.ndarray]]
+    def write_shard(self, shard: Shard, contents: Iterable[tuple[Keys, np.ndarray, np.ndarray]]
                     ) -> None:
         """Writes a shard, whole or not at all.
 
         Args:
             shard: one of `shards()`; replaced where it exists.
-            blocks: ((image index int64 [n], view seed uint32 [n]), index int32 [n, K], prob
+            contents: ((image index int64 [n], view seed uint32 [n]), index int32 [n, K], prob
                 float32 [n, K]) for each block in order; n = block_views, fewer in the last alone.
 
         Raises:
             StoreError: the blocks do not make up the shard, or the disk is full.
-            ValueError: targets that are none (`codec.encode`).
+            ValueError: targets or keys that are none (`blocks.pack`).
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -184,7 +178,7 @@ class Store:
         temporary = files.temporary_path(target)
         try:
             with contextlib.closing(ArrayRecordWriter(str(temporary), _WRITER)) as writer:
-                for record in self._records(shard, blocks):
+                for record in self._records(shard, contents):
                     writer.write(record)
             files.sync(temporary)
             data = temporary.read_bytes()
@@ -197,8 +191,8 @@ class Store:
             if files.is_full(error):
                 raise StoreError(
                     f"No space left on the disk of {self.path} while writing {shard}; what was "
-                    f"written of it is removed. Free some, then run again: {CAPTURE} (shards that "
-                    "are complete are kept).") from error
+                    f"written of it is removed. Free some, then run again: "
+                    f"{self.manifest.command} (shards that are complete are kept).") from error
             raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -223,24 +217,37 @@ class Store:
         Raises:
             StoreError: a shard is missing or damaged, or holds other views; names it.
         """
-        m = self.manifest
-        if not (0 <= pass_number < m.passes and 0 <= start < stop <= m.views_per_pass):
-            raise StoreError(
-                f"Positions [{start}, {stop}) of pass {pass_number} are not in the store "
-                f"{self.path}: it has {m.passes} passes of {m.views_per_pass} views. For more, "
-                f"raise --config.store.passes and run {CAPTURE}")
         if keys is not None and not len(keys[0]) == len(keys[1]) == stop - start:
             raise ValueError(f"keys must hold {stop - start} images and seeds, found "
                              f"{len(keys[0])} and {len(keys[1])}")
         parts = []
-        for first in range(start - start % m.block_views, stop, m.block_views):
-            block = self._block(pass_number, first)
-            a, b = max(start - first, 0), min(stop - first, len(block.prob))
+        for first, block, a, b in self._pieces(pass_number, start, stop):
             if keys is not None:
                 rows = slice(first + a - start, first + b - start)
-                self._check_keys(block, a, b, (keys[0][rows], keys[1][rows]))
+                if not _holds(block, a, b, (keys[0][rows], keys[1][rows])):
+                    raise self._other_views(*self._place(pass_number, first))
             parts.append((block.index[a:b], block.prob[a:b]))
         return np.concatenate([i for i, _ in parts]), np.concatenate([p for _, p in parts])
+
+    def keys(self, pass_number: int, start: int, stop: int) -> Keys:
+        """The keys that the store itself holds of positions [start, stop) of a pass.
+
+        Args:
+            pass_number: in [0, passes).
+            start, stop: 0 <= start < stop <= views_per_pass.
+
+        Returns:
+            Image index int64 [n] and view seed uint32 [n].
+
+        Raises:
+            StoreError: a shard is missing or damaged, or the keys of this store are a formula.
+        """
+        if self.manifest.keys != "stored":
+            raise StoreError(f"The store {self.path} holds no keys of its own: its manifest says "
+                             f"keys={self.manifest.keys}. data/order.py has the formula.")
+        parts = [(block.keys[0][a:b], block.keys[1][a:b])
+                 for _, block, a, b in self._pieces(pass_number, start, stop) if block.keys]
+        return np.concatenate([i for i, _ in parts]), np.concatenate([s for _, s in parts])
 
     def bytes_per_view(self) -> float:
         """Bytes on disk for each view of the shards that are there, sidecars included."""
@@ -252,7 +259,8 @@ class Store:
                 size += sum((self.path / (shard.name + suffix)).stat().st_size
                             for suffix in (".array_record", ".json"))
         if not views:
-            raise StoreError(f"The store {self.path} has no shard yet. Capture it with: {CAPTURE}")
+            raise StoreError(f"The store {self.path} has no shard yet. Make it with: "
+                             f"{self.manifest.command}")
         return size / views
 
     def verify(self) -> list[str]:
@@ -269,11 +277,11 @@ class Store:
     def _block_count(self, shard: Shard) -> int:
         return -(-(shard.stop - shard.start) // self.manifest.block_views)
 
-    def _records(self, shard: Shard, blocks: Iterable) -> Iterator[bytes]:
+    def _records(self, shard: Shard, contents: Iterable) -> Iterator[bytes]:
         """The records of a shard's blocks, counted and measured."""
         m = self.manifest
         first = shard.start
-        for keys, index, prob in blocks:
+        for keys, index, prob in contents:
             views = min(m.block_views, shard.stop - first)
             lengths = {len(keys[0]), len(keys[1]), len(index), len(prob)}
             if views <= 0 or lengths != {views} or np.shape(index) != (views, m.top_k):
@@ -281,80 +289,91 @@ class Store:
                     f"{shard}: the block at position {first} should have {max(views, 0)} views of "
                     f"top_k={m.top_k}, found {len(keys[0])} images, {len(keys[1])} seeds and "
                     f"classes {list(np.shape(index))}. Nothing was written.")
-            yield _DIGEST.pack(digest(*keys)) + np.packbits(key_bits(*keys)).tobytes() + (
-                codec.encode(index, prob, num_classes=len(m.class_names), mode=m.codec))
+            yield blocks.pack(keys, index, prob, m)
             first += views
         if first != shard.stop:
             raise StoreError(f"{shard}: the blocks end at position {first} of "
                              f"[{shard.start}, {shard.stop}). Nothing was written.")
 
-    def _block(self, pass_number: int, first: int) -> "_Block":
-        """The block at position `first`, from the cache or from disk."""
+    def _pieces(self, pass_number: int, start: int, stop: int
+                ) -> Iterator[tuple[int, Block, int, int]]:
+        """The blocks that a range touches: first position, block, and rows [a, b) in the range."""
+        m = self.manifest
+        if not (0 <= pass_number < m.passes and 0 <= start < stop <= m.views_per_pass):
+            more = "" if m.origin else f" For more, raise --config.store.passes and run {m.command}"
+            raise StoreError(
+                f"Positions [{start}, {stop}) of pass {pass_number} are not in the store "
+                f"{self.path}: it has {m.passes} passes of {m.views_per_pass} views.{more}")
+        for first in range(start - start % m.block_views, stop, m.block_views):
+            block = self._block(pass_number, first)
+            yield first, block, max(start - first, 0), min(stop - first, len(block.prob))
+
+    def _place(self, pass_number: int, first: int) -> tuple[Shard, int]:
+        """The shard and the number in it of the block at position `first`."""
         m = self.manifest
         number, offset = divmod(first, m.shard_views)
         start = first - offset
         shard = Shard(pass_number, number, start, min(start + m.shard_views, m.views_per_pass))
-        key = shard, offset // m.block_views
+        return shard, offset // m.block_views
+
+    def _block(self, pass_number: int, first: int) -> Block:
+        """The block at position `first`, from the cache or from disk."""
+        key = self._place(pass_number, first)
         with self._lock:
             block = self._blocks.get(key)
             if block is not None:
                 self._blocks.move_to_end(key)
                 return block
-        block = self._load(self._reader(shard), *key)
+        block = self._load(self._reader(key[0]), *key)
         with self._lock:
             _put(self._blocks, key, block, _CACHED_BLOCKS)
         return block
 
-    def _reader(self, shard: Shard) -> "_Reader":
+    def _reader(self, shard: Shard) -> Reader:
         """The open file of a shard; opened where it is not, the longest unused one closed."""
         with self._lock:
             reader = self._readers.get(shard)
             if reader is None:
                 try:
-                    reader = _Reader(self.path / f"{shard.name}.array_record")
+                    reader = Reader(self.path / f"{shard.name}.array_record")
                 except FileNotFoundError:
                     raise StoreError(
                         f"{shard} (positions {shard.start} to {shard.stop}) of the store "
-                        f"{self.path} is missing. Capture it with: {CAPTURE}") from None
+                        f"{self.path} is missing. Make it with: {self.manifest.command}"
+                    ) from None
                 if reader.count != self._block_count(shard):
                     raise self._damaged(shard, f"holds {reader.count} blocks, expected "
                                                f"{self._block_count(shard)}")
             _put(self._readers, shard, reader, _OPEN_READERS)
         return reader
 
-    def _load(self, reader: "_Reader", shard: Shard, number: int) -> "_Block":
-        """Reads and decodes one block, and checks that it is the kind the manifest promises."""
+    def _load(self, reader: Reader, shard: Shard, number: int) -> Block:
+        """Reads and decodes one block."""
         m = self.manifest
         views = min(m.block_views, shard.stop - shard.start - number * m.block_views)
         try:
-            record = reader.read(number)
-            marks = _DIGEST.size + -(-views // 8)
-            bits = np.frombuffer(record, np.uint8, marks - _DIGEST.size, _DIGEST.size)
-            index, prob = codec.decode(record[marks:])
+            return blocks.unpack(reader.read(number), views, m)
         except (RuntimeError, ValueError) as error:  # ArrayRecord's own are RuntimeErrors
             raise self._damaged(shard, f"block {number}: {error}") from error
-        if index.shape != (views, m.top_k):
-            raise self._damaged(shard, f"block {number} is {list(index.shape)}, expected "
-                                       f"{[views, m.top_k]}")
-        return _Block(shard, number, _DIGEST.unpack_from(record)[0],
-                      np.unpackbits(bits, count=views), index, prob)
 
-    def _check_keys(self, block: "_Block", a: int, b: int, keys: Keys) -> None:
-        """Raises StoreError unless rows [a, b) of a block are the views that `keys` name."""
-        whole = b - a == len(block.prob)
-        if (digest(*keys) == block.digest) if whole else (
-                key_bits(*keys) == block.bits[a:b]).all():
-            return
-        raise StoreError(
-            f"{block.shard}, block {block.number} of the store {self.path} holds the targets of "
-            "other views than the run is about to show: the images, their order, data.seed or the "
-            "pairing differ from those of the capture. Give the run the images and the data.seed "
-            f"({self.manifest.data_seed}) of the capture, or capture a new store with: {CAPTURE}")
+    def _other_views(self, shard: Shard, number: int) -> StoreError:
+        """What to say of a block whose views are not those that the run is about to show."""
+        m = self.manifest
+        what = (f"{shard}, block {number} of the store {self.path} holds the targets of other "
+                "views than the run is about to show: ")
+        if m.keys == "stored":
+            return StoreError(f"{what}its images and seeds are kept in the store itself, and the "
+                              "run takes them from somewhere else. Take them from "
+                              "data.order.follow_store(order, store).")
+        return StoreError(
+            f"{what}the images, their order, data.seed or the pairing differ from those of the "
+            f"capture. Give the run the images and the data.seed ({m.data_seed}) of the capture, "
+            f"or capture a new store with: {CAPTURE}")
 
     def _damaged(self, shard: Shard, what: str) -> StoreError:
         return StoreError(f"{shard} of the store {self.path} is damaged: {what}. Remove "
-                          f"{self.path / shard.name}.array_record and run {CAPTURE}, which writes "
-                          "that shard again.")
+                          f"{self.path / shard.name}.array_record and run "
+                          f"{self.manifest.command}, which writes that shard again.")
 
     def _problems(self, shard: Shard) -> Iterator[str]:
         """What is wrong with one shard."""
@@ -370,7 +389,7 @@ class Store:
         if facts != expected:
             yield f"{shard}: its sidecar says {facts}, its file has {expected}"
         try:
-            reader = _Reader(file)
+            reader = Reader(file)
         except (OSError, RuntimeError) as error:
             yield f"{shard}: is no ArrayRecord file ({error})"
             return
@@ -384,38 +403,8 @@ class Store:
                 yield f"{shard}, block {number}: {error.__cause__ or error}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """A decoded block."""
-
-    shard: Shard
-    number: int
-    digest: int
-    bits: np.ndarray  # uint8 [n], 0 or 1
-    index: np.ndarray
-    prob: np.ndarray
-
-
-class _Reader:
-    """An open ArrayRecord file; one thread reads at a time."""
-
-    def __init__(self, path: Path):
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        if not path.exists():
-            raise FileNotFoundError(errno.ENOENT, "no such shard", str(path))
-        self._reader = ArrayRecordReader(str(path), _READER)
-        self._lock = threading.Lock()
-        self.count = self._reader.num_records() if self._reader.ok() else 0
-
-    def read(self, number: int) -> bytes:
-        """The bytes of one record."""
-        with self._lock:
-            return self._reader.read([number])[0]
-
-
 def estimate(views: int, top_k: int, num_classes: int, *, shard_views: int = 16384,
-             mode: str = "compact") -> int:
+             mode: str = "compact", key_bytes: int = 0) -> int:
     """Bytes that a store will need at most, before it is captured.
 
     A set of K out of C classes is at most about K log2(eC / K) bits; the values are 6 to 7 bits
@@ -427,11 +416,20 @@ def estimate(views: int, top_k: int, num_classes: int, *, shard_views: int = 163
         num_classes: C.
         shard_views: views in a shard; each file may end in 128 KiB of padding and index.
         mode: of the codec.
+        key_bytes: of a view, where the store keeps them (`blocks.key_bytes`).
     """
     class_bits = math.log2(math.e * num_classes / top_k) if top_k < num_classes else 0.0
     value_bits = {"compact": 7.5, "float16": 16.0}[mode]
     shards = -(-views // shard_views)
-    return math.ceil(views * (top_k * (class_bits + value_bits) / 8 + 4)) + shards * (128 * 1024)
+    view = top_k * (class_bits + value_bits) / 8 + 4 + key_bytes
+    return math.ceil(views * view) + shards * (128 * 1024)
+
+
+def _holds(block: Block, a: int, b: int, keys: Keys) -> bool:
+    """Whether rows [a, b) of a block are the views that `keys` name."""
+    if b - a == len(block.prob):
+        return codec.digest(*keys) == block.digest
+    return bool((codec.key_bits(*keys) == block.bits[a:b]).all())
 
 
 def _put(cache: OrderedDict, key: Any, value: Any, limit: int) -> None:

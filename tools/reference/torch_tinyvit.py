@@ -1,4 +1,11 @@
-"""TinyViT in PyTorch, for the tests: written from the paper, with the original's key names."""
+"""TinyViT in PyTorch, to compare with: written from the paper, with the originals' key names.
+
+TorchTinyViT has the names of Microsoft's class, TimmTinyViT those of timm's. Both are the same
+layers, so the second proves names and shapes, and says no more about arithmetic than the first;
+tools/check_parity.py compares with the originals' own classes where they are at hand.
+"""
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -6,25 +13,33 @@ from torch import nn
 
 
 class ConvNorm(nn.Sequential):
+    """A convolution and its BatchNorm."""
+
     def __init__(self, inputs, outputs, size=1, stride=1, groups=1, scale=1.0):
         super().__init__()
         conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
         self.add_module("c", conv)
-        self.add_module("bn", nn.BatchNorm2d(outputs))
-        nn.init.constant_(self.bn.weight, scale)
+        norm = nn.BatchNorm2d(outputs)
+        nn.init.constant_(norm.weight, scale)
+        self.add_module("bn", norm)
 
 
 class Stem(nn.Module):
+    """Two 3x3 convolutions."""
+
     def __init__(self, dim, strides):
         super().__init__()
         self.seq = nn.Sequential(ConvNorm(3, dim // 2, 3, strides[0]), nn.GELU(),
                                  ConvNorm(dim // 2, dim, 3, strides[1]))
 
     def forward(self, images):
+        """[B, 3, H, W] -> [B, C, H/4, W/4], by the strides."""
         return self.seq(images)
 
 
 class MBConv(nn.Module):
+    """Inverted residual block of stage 0."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.conv1 = ConvNorm(dim, hidden)
@@ -32,11 +47,14 @@ class MBConv(nn.Module):
         self.conv3 = ConvNorm(hidden, dim, scale=0.0)
 
     def forward(self, x):
+        """[B, C, H, W] -> [B, C, H, W]."""
         inner = F.gelu(self.conv2(F.gelu(self.conv1(x))))
         return F.gelu(x + self.conv3(inner))
 
 
 class Downsample(nn.Module):
+    """Between stages: to the next width at half the resolution."""
+
     def __init__(self, dim, out):
         super().__init__()
         self.conv1 = ConvNorm(dim, out)
@@ -44,10 +62,15 @@ class Downsample(nn.Module):
         self.conv3 = ConvNorm(out, out)
 
     def forward(self, x):
+        """[B, C, H, W] -> [B, C', H/2, W/2]."""
         return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
 
 
 class Attention(nn.Module):
+    """Multi-head attention within a window."""
+
+    attention_bias_idxs: torch.Tensor
+
     def __init__(self, dim, heads, window):
         super().__init__()
         self.heads = heads
@@ -61,6 +84,7 @@ class Attention(nn.Module):
         self.register_buffer("attention_bias_idxs", index, persistent=False)
 
     def forward(self, x):
+        """[B, w*w, C] -> [B, w*w, C]."""
         B, N, C = x.shape
         d = C // self.heads
         per_head = self.qkv(self.norm(x)).view(B, N, self.heads, 3 * d).transpose(1, 2)
@@ -71,6 +95,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """LayerNorm, a wider layer, GELU, and back."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
@@ -78,10 +104,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
+        """[..., C] -> [..., C]."""
         return self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
 class Block(nn.Module):
+    """Window attention, a local convolution, an MLP."""
+
     def __init__(self, dim, heads, window):
         super().__init__()
         self.window = window
@@ -109,6 +138,8 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
+    """The blocks of a stage and the way down after them."""
+
     def __init__(self, blocks, downsample):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -135,9 +166,10 @@ class TorchTinyViT(nn.Module):
             down = Downsample(dim, dims[i + 1]) if i < 3 else None
             self.layers.append(Stage([make() for _ in range(depth)], down))
         self.norm_head = nn.LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], model.num_classes)
+        self.head = nn.Linear(dims[-1], model.num_classes) if model.num_classes else nn.Identity()
 
     def features(self, images):
+        """The maps of the four stages."""
         x = self.patch_embed(images)
         maps = []
         for stage in self.layers:
@@ -146,7 +178,55 @@ class TorchTinyViT(nn.Module):
         return maps
 
     def forward(self, images):
+        """[B, 3, H, W] -> logits [B, C], or pooled features without classes."""
         return self.head(self.norm_head(self.features(images)[-1].mean((2, 3))))
+
+
+class TimmStage(nn.Module):
+    """A stage that begins with the way down to it."""
+
+    def __init__(self, downsample, blocks):
+        super().__init__()
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = blocks
+
+    def forward(self, x):
+        """[B, C, H, W] -> [B, C', H', W']."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class TimmTinyViT(nn.Module):
+    """The layers of TorchTinyViT under timm's names."""
+
+    def __init__(self, model):
+        super().__init__()
+        own = TorchTinyViT(model)
+        for layer in own.modules():
+            if isinstance(layer, ConvNorm):
+                layer._modules = OrderedDict(zip(("conv", "bn"), layer.children(), strict=True))
+        stem = own.patch_embed.seq
+        self.patch_embed = nn.Sequential(
+            OrderedDict(conv1=stem[0], act=stem[1], conv2=stem[2]))
+        downs = [None, *(stage.downsample for stage in own.layers)]
+        self.stages = nn.ModuleList(TimmStage(down, stage.blocks)
+                                    for down, stage in zip(downs, own.layers, strict=False))
+        self.head = nn.Sequential(OrderedDict(norm=own.norm_head, fc=own.head))
+
+    def features(self, images):
+        """The maps of the four stages."""
+        x = self.patch_embed(images)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images):
+        """[B, 3, H, W] -> logits [B, C], or pooled features without classes."""
+        return self.head(self.features(images)[-1].mean((2, 3)))
 
 
 def randomize(module, seed=0):
@@ -168,7 +248,7 @@ def randomize(module, seed=0):
 
 def variables_of(module):
     """The flax variables of any module above, told by its key names and shapes alone."""
-    variables = {"params": {}, "batch_stats": {}}
+    variables: dict = {"params": {}, "batch_stats": {}}
     for key, tensor in module.state_dict().items():
         *words, leaf = key.split(".")
         if leaf in ("num_batches_tracked", "attention_bias_idxs"):
@@ -178,7 +258,7 @@ def variables_of(module):
             value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
             leaf = "kernel" if value.ndim > 1 else "scale"
         node = variables["batch_stats" if leaf.startswith("running") else "params"]
-        names = []
+        names: list[str] = []
         for word in words:
             names[-1:] = [f"{names[-1]}_{word}"] if word.isdigit() else [*names[-1:], word]
         for name in names:
