@@ -20,6 +20,7 @@ def get_config(trunk: str = "decay"):
     c = configs.default()
     c.data.source = ""  # to be given: folder:/path, pack:/path, tfds:name
     c.model.name = ""  # as the weights are
+    c.data.mean = c.data.std = ()  # as the weights' images were
     c.model.freeze_norm = True  # small batches would spoil the statistics
     c.augment.mixup = c.augment.cutmix = 0.0
     c.train.batch_size, c.train.epochs = 32, 20.0

@@ -38,9 +38,14 @@ def test_unknown_stage_names_the_stages():
 
 def test_finetune_asks_for_weights():
     module = load(ROOT / "configs" / "finetune.py")
-    for trunk in ("decay", "frozen"):
-        with pytest.raises(configs.ConfigError, match=r"--config\.model\.init_from=''"):
-            configs.check(module.get_config(trunk))
+    with pytest.raises(configs.ConfigError, match=r"--config\.data\.mean=\(\).*model\.init_from"):
+        configs.check(module.get_config())
+    c = configs.default()
+    for key, value in (("trainable", "head"), ("class_names", "names.txt")):
+        c.model[key] = value
+        with pytest.raises(configs.ConfigError, match=f"--config.model.{key}={value}"):
+            configs.check(c)
+        c.model[key] = configs.default().model[key]
     with pytest.raises(configs.ConfigError, match="Write decay or frozen"):
         module.get_config("thawed")
 

@@ -125,6 +125,12 @@ def test_answers_come_from_the_competing_classes_alone():
     assert evaluate.score(out)["top5"] == 100
 
 
+def test_classes_of_one_name_cannot_be_matched():
+    for trained, evaluated in ((("crane", "dog", "crane"), ("dog",)), (("a", "b"), ("b", "b"))):
+        with pytest.raises(ValueError, match="some have the same name"):
+            evaluate.make_class_map(trained, evaluated)
+
+
 def test_class_map_by_name():
     trained = ("a", "b", "c", "d")
     assert evaluate.make_class_map(trained, trained) is None

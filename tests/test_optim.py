@@ -66,6 +66,24 @@ def test_layer_scales():
     assert scale["norm_head"]["bias"] == scale["head"]["kernel"] == 1.0
 
 
+@pytest.mark.parametrize(("warmup", "first"), [(1.0, 1.0), (0.0, 0.25)])
+def test_the_first_update_lacks_the_factors_of_a_warmup(warmup, first):
+    c = section(layer_decay=0.5, warmup_epochs=warmup)
+    factors = optim.make_factors(c, params(), (1, 2))
+    for step, expected in ((0, first), (1, 0.25), (9, 0.25)):
+        assert float(factors(jnp.asarray(step))["patch_embed"]["seq_0"]["c"]["bias"]) == expected
+    held = optim.make_factors(c, params(), (1, 2), "head")(jnp.asarray(0))
+    assert held["patch_embed"]["seq_0"]["c"]["bias"] == 0.0
+    assert float(held["head"]["bias"]) == 1.0
+    assert optim.make_factors(section(), params(), (1, 2)) is None
+
+
+def test_a_warmup_is_one_update_at_least():
+    schedule = optim.make_schedule(section(warmup_epochs=1.0), 512, 20, 0.9)
+    assert float(schedule(0)) == pytest.approx(5e-7)
+    assert float(schedule(2)) > 4e-4
+
+
 def test_layer_scales_of_a_clip():
     model = models.create_model("clip_vit", 3, 8, patch_size=4, embed_dims=(8,), depths=(3,),
                                 num_heads=(1,), embed_dim=4)

@@ -218,6 +218,57 @@ def test_a_variants_size_is_known_by_its_shape(name, size):
     assert weights.models.find_image_size(model) == size
 
 
+@pytest.mark.parametrize(("name", "size", "asked", "windows"), [
+    ("tiny_vit_5m_224", 224, 384, (12, 24, 12)), ("tiny_vit_21m_384", 384, 0, (12, 24, 12)),
+    ("tiny_vit_21m_384", 384, 512, (16, 32, 16)), ("tiny_vit_21m_224", 224, 128, (4, 8, 4))])
+@pytest.mark.parametrize("layout", ["microsoft", "timm"])
+def test_a_file_of_a_variant_knows_its_size(name, size, asked, windows, layout, tmp_path,
+                                            monkeypatch):
+    model = weights.models.create_model(name, 7)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), model.variable_shapes())
+    monkeypatch.setattr(files, "read_state", lambda path: tinyvit.to_torch(zeros, layout))
+    (tmp_path / "it.pth").touch()
+    found = weights.open_trained(tmp_path / "it.pth", asked)
+    assert found.model.image_size == (asked or size)
+    assert found.model.window_sizes[1:] == windows
+    table = found.variables["params"]["layers_2"]["blocks_0"]["attn"]["attention_biases"]
+    assert table.shape[1] == windows[1] ** 2
+
+
+def test_normalisation_goes_with_the_weights(trained, tmp_path):
+    weights.save_trained(trained, tmp_path / "run")
+    assert weights.find_normalisation(tmp_path / "run") == (trained.mean, trained.std)
+    files.write_state(tmp_path / "w.safetensors", tinyvit.to_torch(trained.variables))
+    assert weights.find_normalisation(tmp_path / "w.safetensors") == (
+        weights.IMAGENET_MEAN, weights.IMAGENET_STD)
+
+
+def test_a_head_of_as_many_unnamed_classes_is_kept(trained, tmp_path, caplog):
+    """From a file and from a workdir that was converted without names alike."""
+    files.write_state(tmp_path / "w.safetensors", tinyvit.to_torch(trained.variables))
+    weights.save_trained(trained._replace(class_names=("class 0", "class 1", "class 2")),
+                         tmp_path / "run")
+    for path in (tmp_path / "w.safetensors", tmp_path / "run"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            found = weights.load_weights(path, make_model(), "new", ("x", "y", "z"))
+        np.testing.assert_array_equal(found["params"]["head"]["kernel"],
+                                      trained.variables["params"]["head"]["kernel"])
+        assert "The classifier is kept: the weights name none of their 3 classes" in caplog.text
+        named = weights.load_weights(path, make_model(), "new", ("z", "x", "y"),
+                                     trained_names=("x", "y", "z"))
+        np.testing.assert_array_equal(named["params"]["head"]["bias"],
+                                      trained.variables["params"]["head"]["bias"][[2, 0, 1]])
+
+
+def test_classes_of_one_name_are_refused(trained, tmp_path):
+    with pytest.raises(weights.WeightsError, match=r"1 class names stand twice \(crane\)"):
+        weights.map_head(trained.variables, ("crane", "dog", "crane"), ("dog", "crane", "cat"))
+    (tmp_path / "names.txt").write_text("crane\ndog\ncrane\n")
+    with pytest.raises(weights.WeightsError, match="stand twice"):
+        weights.read_class_names(tmp_path / "names.txt")
+
+
 def test_other_shapes_tell_no_size(trained):
     assert weights.models.find_image_size(trained.model) == 0
     small = weights.models.create_model("tiny_vit_5m_224", 7, 64, stem_strides=(1, 1),
@@ -238,3 +289,6 @@ def test_a_section_without_a_name_takes_the_weights_shape(trained, tmp_path):
     assert section.name == ""
     named = configs.default().model
     assert weights.complete(named) is named
+    section.init_from = ""
+    with pytest.raises(weights.WeightsError, match=r"--config\.model\.init_from=''"):
+        weights.complete(section)

@@ -40,7 +40,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     make = partial(weights.make_model, section, section.num_classes or _CLASSES)
     model = make()
     result: dict[str, Any] = {
-        "model": section.name, "image_size": model.image_size, "num_classes": model.num_classes,
+        "model": section.name or section.init_from, "image_size": model.image_size,
+        "num_classes": model.num_classes,
         "parameters": cost.count_parameters(model), "macs": cost.count_macs(model),
         "machine": describe_machine(), "rows": []}
     first = jax.process_index() == 0

@@ -27,7 +27,8 @@ def default() -> ml_collections.ConfigDict:
     d.eval_split = "eval"  # val/ or test/ of a folder or pack, else 10 % held out; or a tfds split
     d.data_dir = ""  # where tensorflow-datasets keeps its files; "" = its own default
     d.seed = 0  # order of the images, seeds of the views; a store keeps its own
-    d.mean = (0.485, 0.456, 0.406)  # the student's normalisation, of pixels scaled to [0, 1]
+    # The student's normalisation, of pixels scaled to [0, 1]; () = that of model.init_from
+    d.mean = (0.485, 0.456, 0.406)
     d.std = (0.229, 0.224, 0.225)
     d.workers = 0  # extra processes that prepare batches; 0 = threads of this one
     d.threads = 0  # threads that prepare batches, in each worker; 0 = one for each CPU core
@@ -171,11 +172,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     need(c.log_every >= 1, "log_every", c.log_every, "a whole number >= 1")
     for section, key, low in (("data", "prefetch", 1), ("data", "workers", 0),
                               ("data", "threads", 0), ("augment", "pad", 0),
-                              ("eval", "image_size", 0),
+                              ("eval", "image_size", 0), ("model", "image_size", 0),
+                              ("teacher", "image_size", 0),
                               ("augment", "color_jitter", 0), ("teacher", "epochs", 0)):
         need(c[section][key] >= low, f"{section}.{key}", c[section][key], f"{low} or more")
-    for section, key, length in (("data", "mean", 3), ("data", "std", 3), ("augment", "scale", 2),
-                                 ("augment", "ratio", 2), ("optim", "betas", 2)):
+    need(len(c.data.mean) == len(c.data.std) in ((0, 3) if c.model.init_from else (3,)),
+         "data.mean", c.data.mean, "3 numbers, and 3 in data.std; or () for both, to take those of "
+         "model.init_from")
+    for section, key, length in (("augment", "scale", 2), ("augment", "ratio", 2),
+                                 ("optim", "betas", 2)):
         need(len(c[section][key]) == length, f"{section}.{key}", c[section][key],
              f"{length} numbers")
     for section in ("data", "teacher"):
@@ -201,8 +206,9 @@ def check(config: ml_collections.ConfigDict) -> None:
              "a number in [0, 1)")
     need(0 <= c.model.drop_path < 1, "model.drop_path", c.model.drop_path, "a rate in [0, 1)")
     need(0 < c.eval.crop_ratio <= 1, "eval.crop_ratio", c.eval.crop_ratio, "a ratio in (0, 1]")
-    need(bool(c.model.name or c.model.init_from), "model.init_from", "''", "the weights to start "
-         "from (a workdir, a .pth or a .safetensors), or a variant in model.name")
+    for key, unset in (("trainable", "all"), ("class_names", "")):
+        need(c.model[key] == unset or bool(c.model.init_from), f"model.{key}", c.model[key],
+             f"weights to start from in model.init_from, or {unset or 'nothing'}")
     b = c.benchmark
     need(min(b.batch_sizes, default=0) >= 1, "benchmark.batch_sizes", b.batch_sizes,
          "whole numbers >= 1")

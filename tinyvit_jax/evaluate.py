@@ -51,6 +51,10 @@ def make_class_map(trained: tuple[str, ...], evaluated: tuple[str, ...],
     """
     if tuple(trained) == tuple(evaluated):
         return None
+    if len(set(trained)) < len(trained) or len(set(evaluated)) < len(evaluated):
+        raise ValueError("Classes are matched by name, and of the model's or of the evaluation "
+                         "set's some have the same name. Give names that differ, for instance "
+                         "WordNet ids, by --config.model.class_names=FILE.")
     place = {name: i for i, name in enumerate(trained)}
     missing = [name for name in evaluated if name not in place]
     if len(missing) > max_missing * len(evaluated):

@@ -80,6 +80,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, source: images.ImageSo
     mesh = meshes.make_mesh()
     c = ml_collections.ConfigDict(config.to_dict())
     c.data.mean, c.data.std = trained.mean, trained.std  # they belong to the weights
+    if "step" in origin and original.crop != config.eval.crop:
+        log.logger.info("The run was evaluated with eval.crop=%s; this measures with %s.",
+                        original.crop, config.eval.crop)
     judge, competing = make_judge(c, trained.model, source, class_map, mesh)
     first = jax.process_index() == 0
     judged = judge(meshes.put_state(trained.variables, mesh), "eval" if first else "")
@@ -127,23 +130,22 @@ def open_weights(config: ml_collections.ConfigDict, workdir: Path, names: tuple[
         _, step = checkpoint.load_variables(path / "checkpoints", which)
         origin = {"checkpoint": which, "step": step}
     else:
-        trained, origin = _open_file(config, path, names), {}
+        trained, origin = _open_file(config, path), {}
+    if config.model.class_names and path != workdir:
+        trained = trained._replace(class_names=weights.read_class_names(
+            config.model.class_names, trained.model.num_classes, names))
     return trained, {"path": str(path), **origin,
                      "sha256": weights.hash_weights(trained.variables)}
 
 
-def _open_file(config: ml_collections.ConfigDict, path: Path, names: tuple[str, ...]
-               ) -> weights.Trained:
-    """A PyTorch file, at the size it was trained at as far as it tells, with its class names."""
+def _open_file(config: ml_collections.ConfigDict, path: Path) -> weights.Trained:
+    """A PyTorch file, at the size it was trained at as far as it tells."""
     m = config.model
     trained = weights.open_trained(path, 0, tuple(m.stem_strides), num_heads=tuple(m.num_heads))
     model = trained.model
     told = models.family_of(model) != "tiny_vit" or models.find_image_size(model)
     if m.image_size and not told:
         trained = trained._replace(model=model.copy(image_size=m.image_size))
-    if m.class_names:
-        trained = trained._replace(
-            class_names=weights.read_class_names(m.class_names, model.num_classes, names))
     return trained
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ def make_schedule(config: ml_collections.ConfigDict, batch_size: int, steps: int
     scale = batch_size / 512 if config.scale_by_batch else 1.0
     peak, start, low = (scale * rate for rate in (
         config.learning_rate, config.warmup_learning_rate, config.min_learning_rate))
-    warmup = int(config.warmup_epochs * steps_per_epoch)
+    # A warmup that was asked for is one update at least, however short an epoch.
+    warmup = max(int(config.warmup_epochs * steps_per_epoch), int(config.warmup_epochs > 0))
 
     def schedule(step: jax.Array) -> jax.Array:
         t = jnp.maximum(step - 1.0, 0.0)
@@ -86,7 +88,7 @@ def make_factors(config: ml_collections.ConfigDict, params: dict, depths: Sequen
     """The factor of every parameter's learning rate by update, or None where all are 1.
 
     The original's scheduler multiplies by the layer decay when it is set after an update, so its
-    first update, at the warmup rate, goes without; ours too.
+    first update, at the warmup rate, goes without; ours too, but not where there is no warmup.
 
     Args:
         config: the `optim` section.
@@ -100,12 +102,17 @@ def make_factors(config: ml_collections.ConfigDict, params: dict, depths: Sequen
     if config.layer_decay == 1.0 and trainable == "all":
         return None
     scales = layer_scales(params, config.layer_decay, depths)
+    at_once = config.warmup_epochs <= 0
     moves = {name: trainable in ("all", name) for name in params}
 
     def factors(step: jax.Array) -> dict:
-        return {name: jax.tree.map(
-            lambda s, moving=moves[name]: jnp.where(step > 0, s, 1.0) if moving else 0.0, part)
-            for name, part in scales.items()}
+        def factor(scale: float, moving: bool) -> jax.Array | float:
+            if not moving:
+                return 0.0
+            return scale if at_once else jnp.where(step > 0, scale, 1.0)
+
+        return {name: jax.tree.map(partial(factor, moving=moves[name]), part)
+                for name, part in scales.items()}
 
     return factors
 

@@ -37,6 +37,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
         files.check_writable(workdir / config.export_torch)  # now, not after hours of training
     config = ml_collections.ConfigDict(config.to_dict())
     config.model = weights.complete(config.model)
+    if not config.data.mean:
+        config.data.mean, config.data.std = weights.find_normalisation(config.model.init_from)
     data = open_prepared_data(config, workdir, flags)
     store: stores.Store | None = None
     result: dict = {}

@@ -1,7 +1,9 @@
 """Models and their weights: made from a config, read from a run or a PyTorch file, hashed."""
 
+import collections
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,6 +64,10 @@ def complete(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """
     if section.name:
         return section
+    if not section.init_from:
+        raise WeightsError("--config.model.init_from='' cannot work where model.name is empty: "
+                           "expected the weights to start from (a workdir, a .pth or a "
+                           ".safetensors), or a variant in --config.model.name.")
     own = describe(open_trained(section.init_from, section.image_size,
                                 tuple(section.stem_strides)))["model"]
     section = ml_collections.ConfigDict(section.to_dict())
@@ -70,6 +76,20 @@ def complete(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         if key in section:
             section[key] = section[key] or own[key]
     return section
+
+
+def find_normalisation(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the images that weights were trained with: a run's own, else a habit.
+
+    Args:
+        path: a workdir, or a file, for which OpenAI's stand for a CLIP and ImageNet's for the rest.
+    """
+    if Path(path).is_dir():
+        card = _read_card(path)
+        return tuple(card["mean"]), tuple(card["std"])
+    if clip.is_clip(files.read_state(path)):
+        return clip.MEAN, clip.STD
+    return IMAGENET_MEAN, IMAGENET_STD
 
 
 def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "strict",
@@ -83,11 +103,11 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
         path: a workdir of ours, or a file in Microsoft's or timm's key layout.
         model: from `create_model`.
         head: "strict", or "new" to fit the classifier to other classes: by name where both sides
-            have names, else zeros where the count differs.
+            have names; else it is kept where it has as many classes, and starts at zero where not.
         class_names: of the model, for head="new".
         which: checkpoint of a workdir: "last", or "best" by its evaluations.
-        trained_names: of the file's classes, for head="new": a PyTorch file does not tell them, a
-            workdir does. `read_class_names` reads them.
+        trained_names: of the weights' classes, for head="new"; () = as a workdir tells them, a
+            PyTorch file does not. `read_class_names` reads them.
 
     Returns:
         {"params", "batch_stats"} of float32 arrays.
@@ -101,14 +121,19 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
                            f"a .pth or .safetensors file.")
     if path.is_dir():
         state = convert_to(checkpoint.load_variables(path / "checkpoints", which)[0])
-        if head == "new":
-            trained_names = tuple(_read_card(path)["class_names"])
+        if head == "new" and not trained_names:
+            trained_names = _named(_read_card(path)["class_names"])
     else:
         state = files.read_state(path)
     try:
         old_classes = count_classes(state)
         if head == "strict" or not (old_classes and model.num_classes and class_names
                                     and trained_names):
+            if head == "new" and old_classes and old_classes == model.num_classes:
+                log.logger.info(
+                    "The classifier is kept: the weights name none of their %d classes, which are "
+                    "taken to be these, in this order. Where they are others, name them by "
+                    "--config.model.class_names=FILE.", old_classes)
             return convert_from(state, model, head)
         _check_count(class_names, model.num_classes, "class_names")
         variables = convert_from(state, model.copy(num_classes=old_classes))
@@ -136,6 +161,7 @@ def map_head(variables: dict, trained: tuple[str, ...], wanted: tuple[str, ...])
     _check_count(trained, variables["params"]["head"]["bias"].size, "trained_names")
     if trained == wanted:
         return variables
+    check_distinct(trained)
     place = {name: i for i, name in enumerate(trained)}
     known = np.array([name in place for name in wanted])
     rows = np.array([place.get(name, 0) for name in wanted])
@@ -148,6 +174,21 @@ def map_head(variables: dict, trained: tuple[str, ...], wanted: tuple[str, ...])
 
     head = {name: fit(x) for name, x in variables["params"]["head"].items()}
     return {**variables, "params": {**variables["params"], "head": head}}
+
+
+def _named(class_names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a workdir's classes, or none where it was converted without any."""
+    names = tuple(class_names)
+    return () if names == tuple(f"class {i}" for i in range(len(names))) else names
+
+
+def check_distinct(names: Sequence[str]) -> None:
+    """Raises WeightsError where classes go by name and two have the same."""
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise WeightsError(f"{len(twice)} class names stand twice ({', '.join(twice[:5])}): nobody "
+                           f"can tell these classes apart. Give names that differ, for instance "
+                           f"WordNet ids.")
 
 
 def _log_mapping(missing: list[str], count: int) -> None:
@@ -192,6 +233,7 @@ def read_class_names(path: str | Path, num_classes: int = 0,
     indices = _read_indices(lines)
     if indices and num_classes != len(lines):
         return _spread_names(path, indices, num_classes or _CLASSES_22K, imagenet_names)
+    check_distinct(lines)
     if num_classes:
         _check_count(tuple(lines), num_classes, str(path))
     return tuple(lines)

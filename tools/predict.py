@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     log.set_up_logging()
     try:
-        names = tuple(Path(args.classes).read_text().splitlines()) if args.classes else ()
+        names = weights.read_class_names(args.classes) if args.classes else ()
         trained = weights.open_trained(args.weights, args.image_size, tuple(args.stem_strides),
                                        names)
         if not trained.model.num_classes:

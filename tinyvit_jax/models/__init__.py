@@ -141,13 +141,26 @@ def scale_windows(window_sizes: Sequence[int], old_size: float, new_size: float
 
 
 def find_image_size(model: Model) -> int:
-    """Pixels that the variant of a model's exact shape is made for; 0 where none has it."""
+    """Pixels that a model of a variant's widths and depths is for; 0 for any other shape.
+
+    A TinyViT tells them by its windows, which grow with the image: 7 7 14 7 at 224 pixels. Its
+    first stage uses neither heads nor window, so these do not count.
+    """
     own = describe_shape(model)
     if own.get("stem_strides", (2, 2)) != (2, 2):
         return 0
-    return next((variant["image_size"] for variant in VARIANTS.values()
-                 if all(own.get(key) == value for key, value in variant.items()
-                        if key != "image_size")), 0)
+    for name, variant in VARIANTS.items():
+        if name in FAMILIES or family_of(name) != family_of(model):
+            continue
+        size = variant["image_size"]
+        if "window_sizes" in variant:
+            size = size * own["window_sizes"][1] // variant["window_sizes"][1]
+            variant = {**variant, "window_sizes": scale_windows(
+                variant["window_sizes"], variant["image_size"], size)}
+        if all(own[key][1:] == value[1:] if key in ("num_heads", "window_sizes") and len(value) > 1
+               else own[key] == value for key, value in variant.items() if key != "image_size"):
+            return size
+    return 0
 
 
 def _drop_empty(settings: Mapping[str, Any]) -> dict[str, Any]:
