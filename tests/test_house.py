@@ -20,7 +20,8 @@ DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
           "models.clip", "models.cost"}
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
-           "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "weights", "log"}
+           "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "heads", "weights",
+           "log"}
 MIDDLE = WEIGHTS | {"evaluate", "capture", "report", "measure", "plots", "config"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
@@ -75,6 +76,7 @@ FLOORS = {
     "convert.clip": (WEIGHTS, NUMPY),
     "convert.tree": (set(), NUMPY),
     "checkpoint": (set(), {"jax", "orbax"}),
+    "heads": ({"log", "convert.files"}, NUMPY),
     "weights": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
     "evaluate": (DEVICE, JAX),
     "report": ({"log", "evaluate"}, NUMPY),

@@ -132,58 +132,6 @@ def test_a_files_head_without_names_says_how_to_give_them(trained, tmp_path, cap
         weights.load_weights(path, make_model(5), "new", ("a",), trained_names=tiny.CLASSES)
 
 
-def test_class_names_are_one_a_line(tmp_path):
-    path = tmp_path / "names.txt"
-    path.write_text("great white shark\n b \n\nc\n", encoding="utf-8")
-    assert weights.read_class_names(path) == ("great white shark", "b", "c")
-    assert weights.read_class_names(path, 3) == ("great white shark", "b", "c")
-    with pytest.raises(weights.WeightsError, match=r"3 names \(great white .*4 classes"):
-        weights.read_class_names(path, 4)
-    with pytest.raises(weights.WeightsError, match=r"nowhere\.txt does not exist"):
-        weights.read_class_names(tmp_path / "nowhere.txt")
-
-
-def test_the_originals_list_of_indices(tmp_path):
-    indices = [3 * i + 5 for i in range(1000)]
-    indices[7] = -1
-    ids = tuple(f"n{i:08d}" for i in range(1000))
-    path = tmp_path / "imagenet_1kto22k.txt"
-    path.write_text("\n".join(map(str, indices)))
-    names = weights.read_class_names(path, imagenet_names=ids)
-    assert len(names) == 21841
-    assert [names[i] for i in (5, 8, 26, 29, 3002)] == [ids[0], ids[1], "class 26", ids[8],
-                                                        ids[999]]
-    assert sum(name.startswith("n") for name in names) == 999
-    assert weights.read_class_names(path, 21841, ids) == names
-    with pytest.raises(weights.WeightsError, match="not what they are called: 0 names"):
-        weights.read_class_names(path, 21841)
-    with pytest.raises(weights.WeightsError, match="2000 classes: its largest index is 3002"):
-        weights.read_class_names(path, 2000, ids)
-    path.write_text("\n".join(map(str, range(1000))))
-    assert weights.read_class_names(path) == tuple(map(str, range(1000)))  # names that are numbers
-
-
-@pytest.mark.torch
-def test_from_22k_to_1k_as_the_original_does(tmp_path):
-    """Its rule on its own list, in torch: the rows, their mean at the end, indexed by the list."""
-    torch = pytest.importorskip("torch")
-    generator = np.random.default_rng(0)
-    mapping = torch.tensor(generator.permutation(21841)[:1000])
-    mapping[13] = -1
-    head = {"kernel": generator.normal(size=(4, 21841)).astype(np.float32),
-            "bias": generator.normal(size=21841).astype(np.float32)}
-    path = tmp_path / "list.txt"
-    path.write_text("".join(f"{i}\n" for i in mapping.tolist()))
-    ids = tuple(f"n{i:08d}" for i in range(1000))
-    found = weights.map_head({"params": {"head": head}},
-                             weights.read_class_names(path, imagenet_names=ids), ids)
-    for leaf, value in head.items():
-        rows = torch.from_numpy(value.T)
-        mean = rows[mapping[mapping != -1]].mean(0, keepdim=True)
-        expected = torch.cat([rows, mean])[mapping]
-        np.testing.assert_allclose(found["params"]["head"][leaf].T, expected, atol=1e-6)
-
-
 def test_the_hash_is_of_the_numbers(trained):
     first = weights.hash_weights(trained.variables)
     assert first == weights.hash_weights(jax.tree.map(jnp.asarray, trained.variables))
@@ -259,14 +207,6 @@ def test_a_head_of_as_many_unnamed_classes_is_kept(trained, tmp_path, caplog):
                                      trained_names=("x", "y", "z"))
         np.testing.assert_array_equal(named["params"]["head"]["bias"],
                                       trained.variables["params"]["head"]["bias"][[2, 0, 1]])
-
-
-def test_classes_of_one_name_are_refused(trained, tmp_path):
-    with pytest.raises(weights.WeightsError, match=r"1 class names stand twice \(crane\)"):
-        weights.map_head(trained.variables, ("crane", "dog", "crane"), ("dog", "crane", "cat"))
-    (tmp_path / "names.txt").write_text("crane\ndog\ncrane\n")
-    with pytest.raises(weights.WeightsError, match="stand twice"):
-        weights.read_class_names(tmp_path / "names.txt")
 
 
 def test_other_shapes_tell_no_size(trained):

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyvit_jax import checkpoint, evaluate, log, models, plots, report, weights
+from tinyvit_jax import checkpoint, evaluate, heads, log, models, plots, report, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import augment, images, labels, pipeline
 from tinyvit_jax.data.tfds import TfdsSource
@@ -132,7 +132,7 @@ def open_weights(config: ml_collections.ConfigDict, workdir: Path, names: tuple[
     else:
         trained, origin = _open_file(config, path), {}
     if config.model.class_names and path != workdir:
-        trained = trained._replace(class_names=weights.read_class_names(
+        trained = trained._replace(class_names=heads.read_class_names(
             config.model.class_names, trained.model.num_classes, names))
     return trained, {"path": str(path), **origin,
                      "sha256": weights.hash_weights(trained.variables)}

@@ -17,7 +17,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from tinyvit_jax import checkpoint, evaluate, log, measure, mix, objectives, optim, weights
+from tinyvit_jax import checkpoint, evaluate, heads, log, measure, mix, objectives, optim, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.config import mixes
 from tinyvit_jax.data import augment, images, pipeline
@@ -99,7 +99,7 @@ def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable,
 
     m = config.model
     if m.init_from:
-        known = weights.read_class_names(m.class_names, imagenet_names=class_names) if (
+        known = heads.read_class_names(m.class_names, imagenet_names=class_names) if (
             m.class_names) else ()
         return jax.jit(state)(weights.load_weights(m.init_from, model, "new", class_names,
                                                    trained_names=known))

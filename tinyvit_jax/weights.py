@@ -1,9 +1,6 @@
 """Models and their weights: made from a config, read from a run or a PyTorch file, hashed."""
 
-import collections
 import hashlib
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,12 +9,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tinyvit_jax import checkpoint, log, models
+from tinyvit_jax import checkpoint, heads, log, models
 from tinyvit_jax.convert import clip, files, shape, tinyvit
 from tinyvit_jax.convert.files import WeightsError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CLASSES_22K = 21841  # of ImageNet-22k
 _CONVERTERS: dict[str, Any] = {"tiny_vit": tinyvit, "clip_vit": clip}  # by models.FAMILIES
 
 
@@ -107,7 +103,7 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
         class_names: of the model, for head="new".
         which: checkpoint of a workdir: "last", or "best" by its evaluations.
         trained_names: of the weights' classes, for head="new"; () = as a workdir tells them, a
-            PyTorch file does not. `read_class_names` reads them.
+            PyTorch file does not. `heads.read_class_names` reads them.
 
     Returns:
         {"params", "batch_stats"} of float32 arrays.
@@ -122,7 +118,7 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
     if path.is_dir():
         state = convert_to(checkpoint.load_variables(path / "checkpoints", which)[0])
         if head == "new" and not trained_names:
-            trained_names = _named(_read_card(path)["class_names"])
+            trained_names = heads.find_names(_read_card(path)["class_names"])
     else:
         state = files.read_state(path)
     try:
@@ -135,136 +131,11 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
                     "taken to be these, in this order. Where they are others, name them by "
                     "--config.model.class_names=FILE.", old_classes)
             return convert_from(state, model, head)
-        _check_count(class_names, model.num_classes, "class_names")
+        heads.check_count(class_names, model.num_classes, "class_names")
         variables = convert_from(state, model.copy(num_classes=old_classes))
-        return map_head(variables, trained_names, class_names)
+        return heads.map_head(variables, trained_names, class_names)
     except WeightsError as error:
         raise WeightsError(f"The weights of {path} are of another model: {error}") from error
-
-
-def map_head(variables: dict, trained: tuple[str, ...], wanted: tuple[str, ...]) -> dict:
-    """Gives the classifier the wanted classes, each by its name.
-
-    A class without a counterpart takes the mean of those that have one, as the original does from
-    21,841 classes to 1,000; where no name is shared the head starts at zero.
-
-    Args:
-        variables: {"params", "batch_stats"}; without a head they come back as they are.
-        trained: names of the head's classes, in order.
-        wanted: names to have, in order.
-
-    Raises:
-        WeightsError: `trained` are not as many as the head's classes.
-    """
-    if "head" not in variables["params"]:
-        return variables
-    _check_count(trained, variables["params"]["head"]["bias"].size, "trained_names")
-    if trained == wanted:
-        return variables
-    check_distinct(trained)
-    place = {name: i for i, name in enumerate(trained)}
-    known = np.array([name in place for name in wanted])
-    rows = np.array([place.get(name, 0) for name in wanted])
-    _log_mapping([name for name in wanted if name not in place], len(wanted))
-
-    def fit(x: np.ndarray) -> np.ndarray:
-        x = np.asarray(x)[..., rows]
-        mean = x[..., known].mean(-1, keepdims=True) if known.any() else np.zeros_like(x[..., :1])
-        return np.where(known, x, mean)
-
-    head = {name: fit(x) for name, x in variables["params"]["head"].items()}
-    return {**variables, "params": {**variables["params"], "head": head}}
-
-
-def _named(class_names: Sequence[str]) -> tuple[str, ...]:
-    """The names of a workdir's classes, or none where it was converted without any."""
-    names = tuple(class_names)
-    return () if names == tuple(f"class {i}" for i in range(len(names))) else names
-
-
-def check_distinct(names: Sequence[str]) -> None:
-    """Raises WeightsError where classes go by name and two have the same."""
-    twice = [name for name, count in collections.Counter(names).items() if count > 1]
-    if twice:
-        raise WeightsError(f"{len(twice)} class names stand twice ({', '.join(twice[:5])}): nobody "
-                           f"can tell these classes apart. Give names that differ, for instance "
-                           f"WordNet ids.")
-
-
-def _log_mapping(missing: list[str], count: int) -> None:
-    """One line on how many classes were found by name, and what becomes of the others."""
-    text = f"The classifier has {count - len(missing)} of {count} classes by name"
-    if missing:
-        first = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        text += f"; {len(missing)} were not trained ({first})"
-        text += ", so it starts at zero" if len(missing) == count else " and take the others' mean"
-    log.logger.info("%s.", text)
-
-
-def _check_count(names: tuple[str, ...], count: int, key: str) -> None:
-    if len(names) != count:
-        raise WeightsError(
-            f"{key} holds {len(names)} names ({', '.join(names[:3])} ...), and the classifier has "
-            f"{count} classes. Give one name for each class, in the order of its training.")
-
-
-def read_class_names(path: str | Path, num_classes: int = 0,
-                     imagenet_names: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Reads the names of a classifier's classes from a text file, one a line.
-
-    The original's imagenet_1kto22k.txt is understood too: for each class of ImageNet-1k, in the
-    order of their WordNet ids, its index among the 21,841 of ImageNet-22k, or -1 for none.
-
-    Args:
-        path: of the file; blank lines do not count.
-        num_classes: of the classifier; 0 = as many as the file names, or 21,841 for that list.
-        imagenet_names: the WordNet ids of ImageNet-1k, needed for that list alone.
-
-    Returns:
-        A name for each class; "class i" for those that the original's list does not tell.
-
-    Raises:
-        WeightsError: no such file, or a number of names that does not fit.
-    """
-    if not Path(path).is_file():
-        raise WeightsError(f"The file of class names {path} does not exist. Give a text file with "
-                           f"one class a line, in the order of the classifier.")
-    lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    indices = _read_indices(lines)
-    if indices and num_classes != len(lines):
-        return _spread_names(path, indices, num_classes or _CLASSES_22K, imagenet_names)
-    check_distinct(lines)
-    if num_classes:
-        _check_count(tuple(lines), num_classes, str(path))
-    return tuple(lines)
-
-
-def _read_indices(lines: list[str]) -> list[int]:
-    """The numbers of the original's list, or none where the lines are names."""
-    if len(lines) != 1000 or not all(re.fullmatch(r"-1|\d+", line) for line in lines):
-        return []
-    indices = [int(line) for line in lines]
-    return indices if min(indices) < 0 or max(indices) >= len(lines) else []
-
-
-def _spread_names(path: str | Path, indices: list[int], num_classes: int,
-                  imagenet_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Gives the classes at `indices` the names of ImageNet-1k."""
-    if len(imagenet_names) != len(indices):
-        raise WeightsError(
-            f"{path} tells where the 1,000 classes of ImageNet-1k are among {num_classes:,}, and "
-            f"not what they are called: {len(imagenet_names)} names were given with it. Give the "
-            f"1,000 WordNet ids in their order, or a file with one class name a line.")
-    used = [i for i in indices if i >= 0]
-    if len(set(used)) < len(used) or max(used) >= num_classes:
-        raise WeightsError(f"{path} does not fit a classifier of {num_classes} classes: its "
-                           f"largest index is {max(used)}, and {len(used) - len(set(used))} stand "
-                           f"there twice. Give the list that belongs to these weights.")
-    names = [f"class {i}" for i in range(num_classes)]
-    for i, name in zip(indices, imagenet_names, strict=True):
-        if i >= 0:
-            names[i] = name
-    return tuple(names)
 
 
 def convert_from(state: files.State, model, head: Literal["strict", "new"] = "strict") -> dict:

@@ -16,7 +16,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from tinyvit_jax import log, weights
+from tinyvit_jax import heads, log, weights
 from tinyvit_jax.convert import files
 from tinyvit_jax.data import tfds
 
@@ -76,7 +76,7 @@ def read_names(classes: str) -> tuple[str, ...]:
     """The class names of --classes, or none."""
     if not classes:
         return ()
-    return weights.read_class_names(classes, imagenet_names=tfds.list_classes("imagenet2012"))
+    return heads.read_class_names(classes, imagenet_names=tfds.list_classes("imagenet2012"))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tinyvit_jax import log, mix, weights
+from tinyvit_jax import heads, log, mix, weights
 from tinyvit_jax.data import augment, ops
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     log.set_up_logging()
     try:
-        names = weights.read_class_names(args.classes) if args.classes else ()
+        names = heads.read_class_names(args.classes) if args.classes else ()
         trained = weights.open_trained(args.weights, args.image_size, tuple(args.stem_strides),
                                        names)
         if not trained.model.num_classes:
