@@ -38,8 +38,12 @@ def test_unknown_stage_names_the_stages():
 
 def test_finetune_asks_for_weights():
     module = load(ROOT / "configs" / "finetune.py")
+    configs.check(module.get_config("frozen"))
+    c = module.get_config()
+    configs.check(c)  # as evaluating a run needs no more; training asks for model.init_from
+    c.model.name = "tiny_vit_5m_224"
     with pytest.raises(configs.ConfigError, match=r"--config\.data\.mean=\(\).*model\.init_from"):
-        configs.check(module.get_config())
+        configs.check(c)
     c = configs.default()
     for key, value in (("trainable", "head"), ("class_names", "names.txt")):
         c.model[key] = value

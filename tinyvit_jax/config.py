@@ -176,7 +176,8 @@ def check(config: ml_collections.ConfigDict) -> None:
                               ("teacher", "image_size", 0),
                               ("augment", "color_jitter", 0), ("teacher", "epochs", 0)):
         need(c[section][key] >= low, f"{section}.{key}", c[section][key], f"{low} or more")
-    need(len(c.data.mean) == len(c.data.std) in ((0, 3) if c.model.init_from else (3,)),
+    starts = bool(c.model.init_from or not c.model.name)  # from weights, or names none at all
+    need(len(c.data.mean) == len(c.data.std) in ((0, 3) if starts else (3,)),
          "data.mean", c.data.mean, "3 numbers, and 3 in data.std; or () for both, to take those of "
          "model.init_from")
     for section, key, length in (("augment", "scale", 2), ("augment", "ratio", 2),
@@ -207,7 +208,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     need(0 <= c.model.drop_path < 1, "model.drop_path", c.model.drop_path, "a rate in [0, 1)")
     need(0 < c.eval.crop_ratio <= 1, "eval.crop_ratio", c.eval.crop_ratio, "a ratio in (0, 1]")
     for key, unset in (("trainable", "all"), ("class_names", "")):
-        need(c.model[key] == unset or bool(c.model.init_from), f"model.{key}", c.model[key],
+        need(c.model[key] == unset or starts, f"model.{key}", c.model[key],
              f"weights to start from in model.init_from, or {unset or 'nothing'}")
     b = c.benchmark
     need(min(b.batch_sizes, default=0) >= 1, "benchmark.batch_sizes", b.batch_sizes,
