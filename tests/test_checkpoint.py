@@ -21,7 +21,8 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.is_dir()) == ["2", "4", "5"]
     assert checkpoint.load_variables(tmp_path / "c")[1] == 5
     variables, step = checkpoint.load_variables(tmp_path / "c", "best")
-    assert step == 2
+    assert step == checkpoint.find_step(tmp_path / "c", "best") == 2
+    assert checkpoint.find_step(tmp_path / "c") == 5
     np.testing.assert_array_equal(variables["params"]["a"], np.full((2, 3), 1.0))  # the average
     variables, _ = checkpoint.load_variables(tmp_path / "c", 5)
     np.testing.assert_array_equal(variables["params"]["a"], np.full((2, 3), 2.5))

@@ -108,6 +108,14 @@ def load_variables(folder: Path, which: int | str = "last") -> tuple[dict, int]:
     return jax.device_get(to_host), step
 
 
+def find_step(folder: Path, which: int | str = "last") -> int:
+    """The step of the checkpoint that `load_variables` would read, without reading it."""
+    from orbax.checkpoint import v1 as ocp
+
+    with ocp.training.Checkpointer(Path(folder).absolute()) as checkpointer:
+        return _choose(checkpointer.checkpoints, which, folder)
+
+
 def _choose(found, which: int | str, folder: Path) -> int:
     """The step that `which` means."""
     if not found:

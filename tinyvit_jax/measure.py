@@ -127,8 +127,8 @@ def open_weights(config: ml_collections.ConfigDict, workdir: Path, names: tuple[
     if path.is_dir():
         which = config.eval.checkpoint
         trained = weights.load_run(path, which)
-        _, step = checkpoint.load_variables(path / "checkpoints", which)
-        origin = {"checkpoint": which, "step": step}
+        origin = {"checkpoint": which,
+                  "step": checkpoint.find_step(path / "checkpoints", which)}
     else:
         trained, origin = _open_file(config, path), {}
     if config.model.class_names and path != workdir:
