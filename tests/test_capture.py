@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tinyvit_jax import capture, recipe, train, weights
+from tinyvit_jax import capture, recipe, teachers, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import pipeline
 from tinyvit_jax.store import store as stores
@@ -96,7 +96,7 @@ def test_capture_resumes_at_the_first_missing_shard(folder, tmp_path, monkeypatc
     ("tiny_vit", "has no weights"),
 ])
 def test_a_teacher_that_cannot_be_used(folder, tmp_path, teacher, message):
-    with pytest.raises(capture.TeacherError, match=message):
+    with pytest.raises(teachers.TeacherError, match=message):
         fill(make_config(folder, teacher), tmp_path)
     assert not list(tmp_path.rglob("*.array_record*"))
 
@@ -129,7 +129,7 @@ def test_the_teacher_may_have_its_own_size(folder, tmp_path):
     weights.save_trained(weights.Trained(model, variables, tiny.CLASSES, (0,) * 3, (1,) * 3,
                                          "center", 1.0), tmp_path / "run")
     c.teacher.weights = str(tmp_path / "run")
-    teacher = capture.make_teacher(c.teacher, tiny.CLASSES[::-1], 16, meshes.make_mesh())
+    teacher = teachers.make_teacher(c.teacher, tiny.CLASSES[::-1], 16, meshes.make_mesh())
     assert teacher.description["image_size"] == 24
     assert len(teacher.description["weights"]) == 64
     assert teacher.description["mean"] == [0, 0, 0]
@@ -138,7 +138,7 @@ def test_the_teacher_may_have_its_own_size(folder, tmp_path):
     expected = jax.jit(model.apply)(variables, larger)[:, ::-1]  # classes by name, here reversed
     np.testing.assert_allclose(teacher.logits(pixels), expected, atol=1e-5)
     with pytest.raises(ValueError, match="1 of the 3 evaluation classes"):
-        capture.make_teacher(c.teacher, ("blobs", "checks", "x"), 16, meshes.make_mesh())
+        teachers.make_teacher(c.teacher, ("blobs", "checks", "x"), 16, meshes.make_mesh())
 
 
 def test_checking_a_store(folder, tmp_path):

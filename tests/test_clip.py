@@ -21,7 +21,7 @@ from tiny_clip import (
     write_file,
 )
 
-from tinyvit_jax import capture, mix, optim, recipe, train, weights
+from tinyvit_jax import mix, optim, recipe, teachers, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import clip as convert
 from tinyvit_jax.convert import files, tree
@@ -175,7 +175,7 @@ def test_a_clip_file_as_teacher(folder, clip_file, caplog):
     pixels = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
     mesh = meshes.make_mesh()
     with caplog.at_level("INFO", logger="tinyvit_jax"):
-        teacher = capture.make_teacher(c.teacher, tiny.CLASSES, 16, mesh)
+        teacher = teachers.make_teacher(c.teacher, tiny.CLASSES, 16, mesh)
     assert "names none of its 3 classes" in caplog.text
     assert teacher.description["dtype"] == "float32"
     assert teacher.description["mean"] == list(convert.MEAN)
@@ -183,7 +183,7 @@ def test_a_clip_file_as_teacher(folder, clip_file, caplog):
         random_variables(make_small()), mix.normalize(pixels, convert.MEAN, convert.STD))
     np.testing.assert_allclose(teacher.logits(pixels), expected, atol=1e-5)
     c.teacher.dtype = "bfloat16"
-    half = capture.make_teacher(c.teacher, tiny.CLASSES, 16, mesh)
+    half = teachers.make_teacher(c.teacher, tiny.CLASSES, 16, mesh)
     assert half.description == {**teacher.description, "dtype": "bfloat16"}
     gap = np.abs(half.logits(pixels) - expected).max()
     assert 1e-5 < gap < 0.02 * float(expected.max() - expected.min())
@@ -199,8 +199,8 @@ def test_a_clip_file_as_teacher(folder, clip_file, caplog):
 def test_another_teacher_than_named(folder, clip_file, changes, classes, message):
     c = make_config(folder, clip_file)
     c.teacher.update(changes)
-    with pytest.raises(capture.TeacherError, match=message):
-        capture.make_teacher(c.teacher, tuple("abcde"[:classes]), 16, meshes.make_mesh())
+    with pytest.raises(teachers.TeacherError, match=message):
+        teachers.make_teacher(c.teacher, tuple("abcde"[:classes]), 16, meshes.make_mesh())
 
 
 def learn(config, data, store, updates=4):

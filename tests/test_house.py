@@ -14,7 +14,8 @@ GROUND = {"batch"}
 HOST = {"data.draws", "data.order", "data.ops", "data.rand_augment", "data.spec",
         "data.microsoft", "data.augment", "data.source", "data.folder",
         "data.pack", "data.tfds", "data.images", "data.finder", "data.labels",
-        "store.codec", "store.files", "store.manifest", "store.blocks", "store.store",
+        "store.codec", "store.files", "store.place", "store.remote", "store.claims",
+        "store.manifest", "store.blocks", "store.store", "store.edit", "store.merge", "store.stats",
         "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
@@ -22,7 +23,7 @@ DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
            "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "heads", "weights",
            "log"}
-MIDDLE = WEIGHTS | {"evaluate", "capture", "report", "measure", "plots", "config"}
+MIDDLE = WEIGHTS | {"evaluate", "teachers", "capture", "report", "measure", "plots", "config", "matching"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
@@ -51,10 +52,17 @@ FLOORS = {
     "data.pipeline": (GROUND | HOST, NUMPY | {"grain", "absl"}),
     "store.codec": (set(), NUMPY),
     "store.files": (set(), set()),
+    "store.place": ({"store.files", "store.remote"}, set()),
+    "store.remote": ({"store.files"}, {"fsspec"}),
+    "store.claims": ({"store.place", "store.manifest"}, set()),
     "store.manifest": ({"store.codec", "store.files"}, set()),
     "store.blocks": ({"store.codec", "store.manifest"}, NUMPY | {"array_record"}),
-    "store.store": ({"store.blocks", "store.codec", "store.files", "store.manifest"},
+    "store.store": ({"store.blocks", "store.codec", "store.files", "store.place",
+                     "store.manifest"},
                     NUMPY | {"array_record"}),
+    "store.edit": (HOST, NUMPY | {"pyarrow"}),
+    "store.merge": (HOST, NUMPY),
+    "store.stats": (HOST, NUMPY),
     "store.microsoft": ({"store.codec", "store.manifest"}, NUMPY),
     "models": (DEVICE, JAX | {"flax"}),
     "models.layers": (DEVICE, JAX | {"flax"}),
@@ -82,7 +90,9 @@ FLOORS = {
     "report": ({"log", "evaluate"}, NUMPY),
     "measure": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "importing": ({"log"} | HOST, NUMPY),
+    "teachers": (WEIGHTS | DEVICE | {"evaluate"}, JAX | {"ml_collections"}),
     "capture": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
+    "matching": (MIDDLE | HOST | {"data.pipeline"}, NUMPY | {"ml_collections"}),
     "train": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"optax", "ml_collections"}),
     "recipe": (MIDDLE | DEVICE | HOST | {"data.pipeline", "train"}, JAX | {"ml_collections"}),
     "benchmark": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),

@@ -66,11 +66,22 @@ def default() -> ml_collections.ConfigDict:
     c.objective = o = ml_collections.ConfigDict()
     o.name = "supervised"  # supervised | stored_logits
     o.smoothing = 0.1  # label smoothing of the supervised objective
+    o.temperature = 1.0  # of both softmaxes in the stored_logits objective, whatever was stored
 
     c.store = s = ml_collections.ConfigDict()
-    s.path = ""  # folder of the teacher-logit store; "" = WORKDIR/store
+    # Folder of the teacher-logit store, or gs:// or s3:// of one; "" = WORKDIR/store
+    s.path = ""
     s.passes = 1  # views of each image to store (and the number that training expects)
-    s.top_k = 10  # classes kept for each view
+    s.top_k = 10  # classes kept for each view; training may ask for fewer than were stored
+    s.codec = "compact"  # of a new store: compact | float16, the original's own rounding
+    s.temperature = 1.0  # of the teacher's softmax when it is stored
+    s.tail = "uniform"  # the mass outside the top K: uniform over the other classes | none
+    s.teacher = ""  # hash of the teacher's weights that training insists on, or how it begins
+    # Training replays a few views and compares their pixels with the capture's: refuse | warn
+    s.replay = "refuse"
+    s.lease = 120.0  # seconds without a sign of life before others take a process's shard over
+    s.cache = ""  # local folder for shards of a gs:// or s3:// store; "" = ~/.cache/tinyvit_jax
+    s.cache_gb = 0.0  # the oldest files of the cache go beyond this size; 0 = no limit
     s.shard_views = 16384  # views in a shard: the unit of resume and of parallel capture
     s.block_views = 256  # views in a record: the unit of reading and of checksums
     s.capture = False  # main captures missing passes itself; else it says which command does
@@ -82,6 +93,9 @@ def default() -> ml_collections.ConfigDict:
     t.mean = ()  # its normalisation; () = that of its workdir, and ImageNet's for a file
     t.std = ()
     t.dtype = "float32"  # of its activations: float32 | bfloat16
+    # Further teachers, averaged with the first: workdirs, files or module:function
+    t.ensemble = ()
+    t.shard = False  # cut its weights over the devices, for one that does not fit on each
     t.batch_size = 256
     t.epochs = 0  # recipe of a teacher trained on the labels first; 0 = none
     t.learning_rate = 2e-3  # peak, unscaled
@@ -160,6 +174,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("objective.name", c.objective.name, OBJECTIVES)
     one_of("augment.spec", c.augment.spec, AUGMENTS)
     one_of("eval.crop", c.eval.crop, EVAL_CROPS)
+    one_of("store.codec", c.store.codec, ("compact", "float16"))
+    one_of("store.tail", c.store.tail, ("uniform", "none"))
+    one_of("store.replay", c.store.replay, ("refuse", "warn"))
     one_of("eval.classes", c.eval.classes, ("auto", "all", "present"))
     one_of("model.trainable", c.model.trainable, ("all", "head"))
     one_of("eval.checkpoint", c.eval.checkpoint, ("last", "best"))
@@ -202,6 +219,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         need(0 <= c.augment[key] <= 4, f"augment.{key}", c.augment[key], "an alpha from 0 to 4")
     for key in ("flip", "erase", "mix_prob", "mix_switch"):
         need(0 <= c.augment[key] <= 1, f"augment.{key}", c.augment[key], "a probability")
+    for section, key in (("objective", "temperature"), ("store", "temperature"),
+                         ("store", "lease")):
+        need(c[section][key] > 0, f"{section}.{key}", c[section][key], "a number above 0")
+    need(c.store.cache_gb >= 0, "store.cache_gb", c.store.cache_gb, "0 or more")
     for section in ("objective", "teacher"):
         need(0 <= c[section].smoothing < 1, f"{section}.smoothing", c[section].smoothing,
              "a number in [0, 1)")

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from tinyvit_jax import capture, log, measure, mix, plots, train, weights
+from tinyvit_jax import capture, log, measure, mix, plots, teachers, train, weights
 from tinyvit_jax import config as configs
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import files
@@ -194,7 +194,7 @@ def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
         return problems, {}
     mesh = meshes.make_mesh()
     c = with_teacher(config, workdir)
-    teacher = capture.make_teacher(c.teacher, tuple(data.train.class_names),
+    teacher = teachers.make_teacher(c.teacher, tuple(data.train.class_names),
                                    views.spec.image_size, mesh)
     if store.manifest.teacher["weights"]:  # the original's files do not tell whose they are
         store.check({"teacher.weights": teacher.description["weights"]})
@@ -232,7 +232,7 @@ def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, 
     meshes.check_rows(config.teacher.batch_size, "teacher.batch_size",
                       2 if views.order.paired else 1)
     needed = capture.estimate(config, data.train, data.order, path)
-    teacher = capture.make_teacher(config.teacher, tuple(data.train.class_names),
+    teacher = teachers.make_teacher(config.teacher, tuple(data.train.class_names),
                                    views.spec.image_size, mesh)
     manifest = capture.make_manifest(config, teacher.description, data.train, views.spec,
                                      data.order)
