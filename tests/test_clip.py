@@ -21,8 +21,8 @@ from tiny_clip import (
     write_file,
 )
 
-from tinyvit_jax import mix, optim, recipe, teachers, train, weights
 from tinyvit_jax import mesh as meshes
+from tinyvit_jax import mix, optim, recipe, teachers, train, weights
 from tinyvit_jax.convert import clip as convert
 from tinyvit_jax.convert import files, tree
 from tinyvit_jax.data import pipeline

@@ -23,7 +23,8 @@ DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
            "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "heads", "weights",
            "log"}
-MIDDLE = WEIGHTS | {"evaluate", "teachers", "capture", "report", "measure", "plots", "config", "matching"}
+MIDDLE = WEIGHTS | {"evaluate", "teachers", "capture", "report", "measure", "plots", "config",
+                    "matching"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
