@@ -14,17 +14,18 @@ GROUND = {"batch"}
 HOST = {"data.draws", "data.order", "data.ops", "data.rand_augment", "data.spec",
         "data.microsoft", "data.augment", "data.source", "data.folder",
         "data.pack", "data.tfds", "data.images", "data.finder", "data.labels",
-        "store.codec", "store.files", "store.place", "store.remote", "store.claims",
-        "store.manifest", "store.blocks", "store.store", "store.edit", "store.merge", "store.stats",
-        "store.microsoft"}
+        "store.codec", "store.codec_v1", "store.levels", "store.sections", "store.keys",
+        "store.files", "store.place", "store.remote", "store.claims", "store.manifest",
+        "store.blocks", "store.store", "store.shards", "store.rows", "store.edit", "store.merge",
+        "store.stats", "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
           "models.clip", "models.cost"}
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
            "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "heads", "weights",
            "log"}
-MIDDLE = WEIGHTS | {"evaluate", "teachers", "capture", "report", "measure", "plots", "config",
-                    "matching"}
+MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
+                    "config", "matching", "forecast"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
@@ -51,15 +52,22 @@ FLOORS = {
     "data.tfds": ({"data.source"}, NUMPY | {"tensorflow_datasets"}),
     "data.images": ({"data.source", "data.folder", "data.pack", "data.tfds"}, set()),
     "data.pipeline": (GROUND | HOST, NUMPY | {"grain", "absl"}),
-    "store.codec": (set(), NUMPY),
+    "store.sections": (set(), NUMPY | {"zstandard"}),
+    "store.levels": (set(), NUMPY),
+    "store.codec": ({"store.codec_v1", "store.levels", "store.sections"}, NUMPY),
+    "store.codec_v1": ({"store.sections"}, NUMPY),
+    "store.keys": (set(), NUMPY),
     "store.files": (set(), set()),
     "store.place": ({"store.files", "store.remote"}, set()),
     "store.remote": ({"store.files"}, {"fsspec"}),
-    "store.claims": ({"store.place", "store.manifest"}, set()),
-    "store.manifest": ({"store.codec", "store.files"}, set()),
-    "store.blocks": ({"store.codec", "store.manifest"}, NUMPY | {"array_record"}),
-    "store.store": ({"store.blocks", "store.codec", "store.files", "store.place",
-                     "store.manifest"},
+    "store.claims": ({"store.files", "store.place", "store.manifest"}, set()),
+    "store.manifest": ({"store.codec", "store.place"}, set()),
+    "store.shards": ({"store.blocks", "store.files", "store.place", "store.manifest"},
+                     NUMPY | {"array_record"}),
+    "store.rows": (HOST, NUMPY),
+    "store.blocks": ({"store.codec", "store.keys", "store.manifest"}, NUMPY | {"array_record"}),
+    "store.store": ({"store.blocks", "store.keys", "store.files", "store.place",
+                     "store.shards", "store.manifest"},
                     NUMPY | {"array_record"}),
     "store.edit": (HOST, NUMPY | {"pyarrow"}),
     "store.merge": (HOST, NUMPY),
@@ -91,7 +99,9 @@ FLOORS = {
     "report": ({"log", "evaluate"}, NUMPY),
     "measure": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "importing": ({"log"} | HOST, NUMPY),
-    "teachers": (WEIGHTS | DEVICE | {"evaluate"}, JAX | {"ml_collections"}),
+    "team": (set(), JAX),
+    "teachers": (WEIGHTS | DEVICE | {"evaluate", "team"}, JAX | {"ml_collections"}),
+    "forecast": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "capture": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "matching": (MIDDLE | HOST | {"data.pipeline"}, NUMPY | {"ml_collections"}),
     "train": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"optax", "ml_collections"}),
@@ -101,7 +111,7 @@ FLOORS = {
 }
 ONE_PLACE = {"grain": "data.pipeline", "orbax": "checkpoint", "matplotlib": "plots",
              "cv2": "data.ops", "tensorflow_datasets": "data.tfds", "optax": ("optim", "train"),
-             "PIL": "data.microsoft"}
+             "PIL": "data.microsoft", "zstandard": "store.sections", "fsspec": "store.remote"}
 
 
 def modules() -> dict[str, Path]:

@@ -29,6 +29,31 @@ def test_metrics_resume_without_repeated_or_cut_lines(tmp_path):
     assert log.last_seconds(path) == 2.5
 
 
+def test_a_long_work_speaks_at_intervals(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    now = [50.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    progress = log.Progress("capture", 100, every=60.0)
+    assert progress.is_due()
+    for _ in range(13):
+        if progress.is_due():
+            progress.say(40, "3 of 9 shards", eta=65)
+        now[0] += 10
+    progress.close()
+    assert caplog.messages == ["capture 40/100  3 of 9 shards  left 1:05"] * 3
+
+
+def test_without_an_interval_every_report_is_a_line(caplog):
+    caplog.set_level("INFO")
+    progress = log.Progress("train", 4)
+    for step in range(1, 4):
+        assert progress.is_due()
+        progress.report(step, {"loss": 0.5, "hidden": 1.0}, eta=2.0 * (4 - step))
+    progress.close()
+    assert caplog.messages == ["train 1/4  loss 0.5  left 0:06", "train 2/4  loss 0.5  left 0:04",
+                               "train 3/4  loss 0.5  left 0:02"]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65, "1:05"), (7384, "2:03:04")])
 def test_format_seconds(seconds, text):
     assert log.format_seconds(seconds) == text

@@ -5,13 +5,14 @@ import pytest
 
 from tinyvit_jax.data.order import Order, StoredOrder, follow_store
 from tinyvit_jax.store import store as stores
+from tinyvit_jax.store.place import Folder
 
 
 @pytest.mark.parametrize(("images", "paired", "views"), [(10, False, 10), (11, False, 11),
                                                          (10, True, 10), (11, True, 12)])
 def test_every_image_once_a_pass(images, paired, views):
     order = Order(3, images, paired)
-    assert order.views_per_pass == views
+    assert (order.views_per_pass, order.views_per_epoch) == (views, images)
     index, _ = order.keys(np.full(views, 2), np.arange(views))
     assert sorted(index[:images]) == list(range(images))
     assert set(index[images:]) <= {index[0]}
@@ -77,6 +78,7 @@ def test_a_stored_order_gives_what_the_store_holds(keyed):
     order = pickle.loads(pickle.dumps(follow_store(Order(5, 9, True), keyed)))
     assert isinstance(order, StoredOrder)
     assert (order.seed, order.num_images, order.paired, order.views_per_pass) == (0, 9, True, 10)
+    assert order.views_per_epoch == 10  # its passes, not its images, are what it can show
     image, seed = (np.stack([a, b]) for a, b in zip(keys_of(0), keys_of(1), strict=True))
     r = np.random.default_rng(0)
     for view in (np.arange(45), r.integers(0, 40, 30), np.arange(9, 12), np.array([], np.int64)):
@@ -89,13 +91,14 @@ def test_a_stored_order_gives_what_the_store_holds(keyed):
 
 
 def test_which_order_a_store_asks_for(keyed, tmp_path):
-    formula = stores.Store(tmp_path, stores.Manifest(
+    formula = stores.Store(Folder(tmp_path), stores.Manifest(
         **{**vars(keyed.manifest), "keys": "formula"}))
     order = Order(5, 9, False)
     assert follow_store(order, formula) is order
     with pytest.raises(stores.StoreError, match="views of 9 images and this run has 8"):
         follow_store(Order(5, 8, False), keyed)
-    odd = stores.Store(tmp_path, stores.Manifest(**{**vars(keyed.manifest), "views_per_pass": 9}))
+    odd = stores.Store(Folder(tmp_path), stores.Manifest(
+        **{**vars(keyed.manifest), "views_per_pass": 9}))
     with pytest.raises(stores.StoreError, match=r"9 views a pass, an odd number.*mixup=0"):
         follow_store(Order(5, 9, True), odd)
     assert follow_store(order, odd).views_per_pass == 9

@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from tinyvit_jax.data import augment, images, pipeline
-from tinyvit_jax.data.order import Order
+from tinyvit_jax.data.order import Order, follow_store
+from tinyvit_jax.store import store as stores
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,72 @@ def test_an_unreadable_image_is_named(source, tmp_path):
     views = make_views(broken, mixed=False)
     with pytest.raises(ValueError, match=r"checks/000\.jpg"):
         views.read(np.arange(len(broken)))
+
+
+def make_store(path, source, keys):
+    """Three passes of targets that tell their pass and place, 3 of 5 classes a view."""
+    order = Order(0, len(source), True)
+    store = stores.create_store(path, stores.Manifest(
+        teacher={}, class_names=tuple("abcde"), top_k=3, augment={}, codec="float16", keys=keys,
+        image_set={"images": len(source)}, data_seed=0, passes=3,
+        views_per_pass=order.views_per_pass, shard_views=16, block_views=4))
+
+    def contents(shard):
+        for start in range(shard.start, shard.stop, 4):
+            place = np.arange(start, min(start + 4, shard.stop))
+            first = 0.5 + (64 * shard.pass_number + place) / 1024
+            prob = np.stack([first, np.full(len(place), 0.25), np.full(len(place), 0.0625)], 1)
+            index = np.stack([place % 5, (place + 1) % 5, (place + 2) % 5], 1)
+            drawn = order.keys(np.full(len(place), shard.pass_number), place)
+            yield drawn, index.astype(np.int32), prob.astype(np.float32)
+
+    for shard in store.shards():
+        store.write_shard(shard, contents(shard))
+    return store
+
+
+@pytest.fixture(params=["formula", "stored"])
+def stored(request, source, tmp_path):
+    """A store of the source's views, and what replays them without it."""
+    store = make_store(tmp_path / "store", source, request.param)
+    plain = make_views(source)
+    return store, pipeline.Views(source, plain.spec, follow_store(plain.order, store), store)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_fewer_classes_are_the_most_probable_ones(stored, k):
+    store, views = stored
+    few = pipeline.Views(views.source, views.spec, views.order, store, top_k=k)
+    whole, cut = views.read(np.arange(30, 46)), few.read(np.arange(30, 46))
+    assert whole["prob"].shape == (16, 3)
+    for key in ("index", "prob"):
+        np.testing.assert_array_equal(cut[key], whole[key][:, :k])
+    assert (np.diff(whole["prob"], axis=1) < 0).all()
+    for key in ("image", "label", "lam", "box"):
+        np.testing.assert_array_equal(cut[key], whole[key])
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_more_epochs_than_passes_show_the_passes_again(stored, passes):
+    store, whole = stored
+    views = pipeline.Views(whole.source, whole.spec, whole.order, store, passes)
+    pass_views = views.order.views_per_pass
+    first = [views.read(np.arange(p * pass_views, (p + 1) * pass_views)) for p in range(3 * passes)]
+    for p in range(passes, 3 * passes):
+        same(first[p], first[p % passes])
+    for p in range(1, passes):  # and each pass has views and targets of its own
+        assert (first[p]["image"] != first[0]["image"]).any()
+        np.testing.assert_array_equal(first[p]["prob"][:, 0] - first[0]["prob"][:, 0], p / 16)
+    over = passes * pass_views  # a batch across the end of the last pass
+    a, b = views.read(np.arange(over - 4, over + 4)), views.read(np.arange(4))
+    np.testing.assert_array_equal(a["image"][4:], b["image"])
+    np.testing.assert_array_equal(a["prob"][4:], b["prob"])
+
+
+def test_single_views_are_those_of_the_batches(stored):
+    _, views = stored
+    batch = views.read(np.arange(34))
+    places = np.array([33, 0, 7])
+    examples, pixels = views.replay(np.zeros(3, int), places)
+    np.testing.assert_array_equal(pixels, batch["image"][places])
+    assert [e.label for e in examples] == batch["label"][places].tolist()

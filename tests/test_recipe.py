@@ -230,7 +230,7 @@ def not_a_number(folder, finished, tmp_path):
 
 
 def wrong_k(folder, finished, tmp_path):
-    return [f"--config={CONFIG}:{folder}", f"--workdir={tmp_path}", "--config.store.top_k=1",
+    return [f"--config={CONFIG}:{folder}", f"--workdir={tmp_path}", "--config.store.top_k=3",
             f"--config.store.path={finished[0] / 'store'}", "--config.store.capture=False"]
 
 

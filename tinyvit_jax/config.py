@@ -82,8 +82,8 @@ def default() -> ml_collections.ConfigDict:
     s.lease = 120.0  # seconds without a sign of life before others take a process's shard over
     s.cache = ""  # local folder for shards of a gs:// or s3:// store; "" = ~/.cache/tinyvit_jax
     s.cache_gb = 0.0  # the oldest files of the cache go beyond this size; 0 = no limit
-    s.shard_views = 16384  # views in a shard: the unit of resume and of parallel capture
-    s.block_views = 256  # views in a record: the unit of reading and of checksums
+    s.shard_views = 32768  # views in a shard: the unit of resume and of parallel capture
+    s.block_views = 1024  # views in a record: the unit of reading and of checksums
     s.capture = False  # main captures missing passes itself; else it says which command does
 
     c.teacher = t = ml_collections.ConfigDict()
@@ -117,7 +117,8 @@ def default() -> ml_collections.ConfigDict:
     c.train = r = ml_collections.ConfigDict()
     r.batch_size = 1024  # views in an update, over all devices and accumulation steps
     r.accumulate = 1  # micro-batches an update is summed over
-    r.epochs = 300.0  # an epoch is as many views as the source has images
+    # An epoch is as many views as the source has images; one pass of a store with its own keys.
+    r.epochs = 300.0
     r.max_skipped = 20  # updates with a non-finite gradient, in a row, before the run stops
 
     c.eval = e = ml_collections.ConfigDict()
@@ -222,6 +223,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     for section, key in (("objective", "temperature"), ("store", "temperature"),
                          ("store", "lease")):
         need(c[section][key] > 0, f"{section}.{key}", c[section][key], "a number above 0")
+    need(all(c.teacher.ensemble), "teacher.ensemble", c.teacher.ensemble,
+         "workdirs, files or module:function, none of them empty")
     need(c.store.cache_gb >= 0, "store.cache_gb", c.store.cache_gb, "0 or more")
     for section in ("objective", "teacher"):
         need(0 <= c[section].smoothing < 1, f"{section}.smoothing", c[section].smoothing,

@@ -14,10 +14,10 @@ Passes are never cut to one length: every image must have a key in every epoch, 
 only where pairs broke in one epoch and not in another, and then the files are not what they seem.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -31,10 +31,11 @@ from tinyvit_jax import log
 from tinyvit_jax.data import augment, finder
 from tinyvit_jax.data.finder import Find
 from tinyvit_jax.data.images import ImageSource
-from tinyvit_jax.store import blocks, files, microsoft
+from tinyvit_jax.store import blocks, microsoft, shards
 from tinyvit_jax.store import store as stores
 from tinyvit_jax.store.manifest import Manifest, StoreError
 from tinyvit_jax.store.microsoft import Rank
+from tinyvit_jax.store.place import Place, open_place
 
 logger = logging.getLogger("tinyvit_jax")
 
@@ -60,8 +61,8 @@ class Settings(NamedTuple):
     paired: bool
     top_k: int
     teacher: str = ""
-    shard_views: int = 16384
-    block_views: int = 256
+    shard_views: int = 32768
+    block_views: int = 1024
     processes: int = 1
 
 
@@ -100,12 +101,13 @@ def check_spec(name: str) -> None:
             f"--config.augment.spec=microsoft, here and in training.")
 
 
-def import_store(folder: Path, path: Path, source: ImageSource, settings: Settings) -> stores.Store:
+def import_store(folder: Path, path: str | Path | Place, source: ImageSource, settings: Settings
+                 ) -> stores.Store:
     """Brings the original's store into one of ours, or goes on where an earlier start stopped.
 
     Args:
         folder: holds the original's logits_top{K}_epoch{E} folders.
-        path: of our store.
+        path: of our store: a folder, a gs:// or s3:// URL, or a place.
         source: the images that its keys name.
         settings: what else decides.
 
@@ -123,18 +125,19 @@ def import_store(folder: Path, path: Path, source: ImageSource, settings: Settin
                 max(epochs), top_k)
     plans = Plans([microsoft.open_ranks(epoch, top_k) for epoch in epochs.values()], source,
                   settings.paired)
-    manifest = _make_manifest(path, source, settings, plans, top_k, epochs)
-    needed = estimate(manifest, path)
-    store = stores.create_store(path, manifest)
+    place = open_place(path) if isinstance(path, str | Path) else path
+    manifest = _make_manifest(place, source, settings, plans, top_k, epochs)
+    needed = estimate(manifest, place)
+    store = stores.create_store(place, manifest)
     missing = store.missing()
     if not missing:
-        logger.info("%s is complete: %d passes of %s views", path, manifest.passes,
+        logger.info("%s is complete: %d passes of %s views", place.url, manifest.passes,
                     f"{manifest.views_per_pass:,}")
         return store
     logger.info("import: %d of %d shards of %s are missing; up to %s bytes for %s views in all",
-                len(missing), len(store.shards()), path, f"{needed['bytes']:,}",
+                len(missing), len(store.shards()), place.url, f"{needed['bytes']:,}",
                 f"{needed['views']:,}")
-    _check_fits(needed, path)
+    _check_fits(needed, place)
     _fill(store, plans, missing, settings.processes)
     return store
 
@@ -217,31 +220,32 @@ def plan_pass(ranks: list[Rank], find: Find, source: ImageSource, paired: bool) 
                 np.concatenate(images), counts)
 
 
-def estimate(manifest: Manifest, path: Path) -> dict[str, int]:
-    """{"views", "bytes", "there", "free"}: at most of the store, on disk, free on its disk."""
+def estimate(manifest: Manifest, place: Place) -> dict[str, int | None]:
+    """{"views", "bytes", "there", "free"}: at most of the store, there already, free beside it.
+
+    "free" is None where the place does not say.
+    """
     views = manifest.passes * manifest.views_per_pass
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return {"views": views, "free": shutil.disk_usage(place).free,
-            "there": sum(file.stat().st_size for file in path.rglob("*.array_record")),
-            "bytes": stores.estimate(views, manifest.top_k, len(manifest.class_names),
-                                     shard_views=manifest.shard_views, mode=manifest.codec,
-                                     key_bytes=blocks.key_bytes(manifest))}
+    there = sum(size for name, size in place.list().items() if name.endswith(".array_record"))
+    return {"views": views, "free": place.free(), "there": there,
+            "bytes": manifest.passes * shards.estimate(
+                manifest.views_per_pass, manifest.top_k, len(manifest.class_names),
+                shard_views=manifest.shard_views, mode=manifest.codec,
+                key_bytes=blocks.key_bytes(manifest))}
 
 
-def _check_fits(needed: dict[str, int], path: Path) -> None:
+def _check_fits(needed: dict, place: Place) -> None:
     """Raises OSError where what is still to be written is more than the free disk."""
-    if needed["bytes"] - needed["there"] > needed["free"]:
-        raise OSError(f"The store {path} needs up to {needed['bytes'] - needed['there']:,} more "
-                      f"bytes, and its disk has {needed['free']:,} free. Free some, or point "
+    if needed["free"] is not None and needed["bytes"] - needed["there"] > needed["free"]:
+        raise OSError(f"The store {place.url} needs up to {needed['bytes'] - needed['there']:,} "
+                      f"more bytes, and its disk has {needed['free']:,} free. Free some, or point "
                       f"--config.store.path at another disk.")
 
 
-def _make_manifest(path: Path, source: ImageSource, settings: Settings, plans: Plans, top_k: int,
+def _make_manifest(place: Place, source: ImageSource, settings: Settings, plans: Plans, top_k: int,
                    epochs: dict[int, Path]) -> Manifest:
     """What our store says of itself; a store that was begun knows the length of its passes."""
-    begun = stores.open_store(path).manifest if (path / "manifest.json").exists() else None
+    begun = stores.open_store(place).manifest if "manifest.json" in place.names() else None
     views = begun.views_per_pass if begun else len(plans.make(0).row)
     plans.check_lengths(views, begun.passes if begun else 0)
     return Manifest(
@@ -347,7 +351,7 @@ def _fill(store: stores.Store, plans: Plans, missing: list[stores.Shard], proces
             progress.advance(shard.stop - shard.start)
             progress.report(done, {"views_per_second": rate}, (progress.total - done) / rate)
         epoch = manifest.origin["first_epoch"] + number
-        _record(store.path / "import.json", {"epoch": epoch, **plan.counts})
+        _record(store.place, {"epoch": epoch, **plan.counts})
     progress.close()
 
 
@@ -389,8 +393,11 @@ def _write_shard(store: stores.Store, part: Pass, shard: stores.Shard) -> None:
     store.write_shard(shard, contents())
 
 
-def _record(path: Path, entry: dict[str, int]) -> None:
+def _record(place: Place, entry: dict[str, int]) -> None:
     """Adds what became of an epoch to import.json."""
-    entries = json.loads(path.read_text()) if path.exists() else []
+    entries = []
+    with contextlib.suppress(FileNotFoundError):
+        entries = json.loads(place.read("import.json"))
     entries = [e for e in entries if e["epoch"] != entry["epoch"]] + [entry]
-    files.write_text(path, json.dumps(sorted(entries, key=lambda e: e["epoch"]), indent=1) + "\n")
+    text = json.dumps(sorted(entries, key=lambda e: e["epoch"]), indent=1) + "\n"
+    place.write("import.json", text.encode())

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,15 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def _write_and_rename(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = path.with_name(f".{path.name}.tmp")  # the next write replaces what a kill left of one
     try:
-        with os.fdopen(handle, "wb") as f:
+        with name.open("wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
 
 
@@ -87,13 +86,15 @@ class Progress:
         start: updates already done.
         path: the metrics.jsonl to append to (lines after `start` are dropped first), or None.
         quiet: print nothing (processes other than the first).
+        every: seconds between two texts of a long piece of work, for `is_due`.
     """
 
     def __init__(self, title: str, total: int, start: int = 0, path: Path | None = None,
-                 quiet: bool = False):
+                 quiet: bool = False, every: float = 0.0):
         from tqdm import tqdm
 
         self.title, self.total, self.path, self.quiet = title, total, path, quiet
+        self.every, self._said = every, -math.inf
         terminal = sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total, initial=start, desc=title, dynamic_ncols=True,
                         disable=not terminal)
@@ -112,7 +113,15 @@ class Progress:
             clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             with naming(self.path), self.path.open("a") as f:
                 f.write(json.dumps({"step": step, **clean}) + "\n")
-        text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN)
+        self.say(step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN), eta)
+
+    def is_due(self) -> bool:
+        """Whether `every` seconds have passed since the last text; yes before the first."""
+        return time.monotonic() - self._said >= self.every
+
+    def say(self, step: int, text: str, eta: float | None = None) -> None:
+        """Shows a text: behind the bar, or as a line where there is none."""
+        self._said = time.monotonic()
         self.bar.set_postfix_str(text, refresh=False)
         if self.lines_too:
             left = "" if eta is None else f"  left {format_seconds(eta)}"

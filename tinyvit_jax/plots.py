@@ -190,3 +190,101 @@ def _draw_classes(axis, report: dict[str, Any]) -> None:
     axis.set_xlabel("top-1 of a class, %")
     axis.set_title(f"classes: mean {mean:.2f} %, lowest {values[0]:.1f}, "
                    f"median {np.median(values):.1f}, highest {values[-1]:.1f}", fontsize=10)
+
+
+def plot_stats(stats: dict[str, Any], path: Path) -> None:
+    """Draws what is in a store: kept mass, entropy, agreement with labels, top classes.
+
+    Args:
+        stats: from `store.stats.compute`.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9),
+                                   layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12))
+    figure.suptitle(
+        f"top {stats['top_k']} of {stats['num_classes']:,} classes, {stats['views']:,} views of "
+        f"{stats['passes']} x {stats['views_per_pass']:,}, {stats['bytes']['a_view']:.1f} bytes a "
+        f"view", fontsize=13)
+    _draw_kept(axes[0, 0], stats["kept"])
+    _draw_entropy(axes[0, 1], stats["entropy"])
+    _draw_agreement(axes[1, 0], stats["agreement"], stats["top_k"])
+    _draw_frequency(axes[1, 1], stats["classes"]["by_rank"], stats["num_classes"])
+    _save(figure, path)
+
+
+def _draw_kept(axis, kept: list[dict[str, float]]) -> None:
+    """Mean mass of the K most probable classes by K, and the bands of its quantiles."""
+    ks = [point["k"] for point in kept]
+    for low, high, alpha, label in (("q05", "q95", 0.15, "5 to 95 % of the views"),
+                                    ("q25", "q75", 0.3, "25 to 75 %")):
+        axis.fill_between(ks, [p[low] for p in kept], [p[high] for p in kept], alpha=alpha,
+                          color=_COLOURS[0], linewidth=0, label=label)
+    axis.plot(ks, [p["mean"] for p in kept], "o-", color=_COLOURS[0], markersize=3.5, label="mean")
+    axis.set_xscale("log")
+    axis.set_xticks(ks, [f"{k:,}" for k in ks])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.14)  # the legend above what is drawn
+    axis.set_yticks(np.linspace(0, 1, 6))
+    axis.set_xlabel("K, classes of a view")
+    axis.set_ylabel("probability that the top K hold")
+    axis.set_title(f"kept mass: {kept[-1]['mean']:.4f} of it at K = {ks[-1]:,}, on average",
+                   fontsize=10)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)
+
+
+def _draw_entropy(axis, entropy: dict[str, Any]) -> None:
+    """Histogram over the views."""
+    edges, counts = entropy["histogram"]["edges"], np.array(entropy["histogram"]["views"])
+    axis.stairs(100 * counts / counts.sum(), edges, fill=True, color=_COLOURS[1], alpha=0.8)
+    axis.axvline(entropy["mean"], color="black", linestyle="--", linewidth=0.9)
+    axis.set_xlabel("entropy of a target, nats")
+    axis.set_ylabel("views, % in each bin")
+    axis.set_title(f"entropy: mean {entropy['mean']:.3f}, median {entropy['q50']:.3f}; all classes "
+                   f"alike would be {entropy['uniform']:.3f}", fontsize=10)
+
+
+def _draw_agreement(axis, agreement: dict[str, Any] | None, top_k: int) -> None:
+    """Top-1 and top-K agreement with the labels by pass, and the classes' quantiles beside it."""
+    if agreement is None:
+        axis.axis("off")
+        axis.text(0.5, 0.5, "agreement with the labels:\nnot measured, without the images",
+                  ha="center", va="center", fontsize=11)
+        return
+    passes = agreement["by_pass"]
+    numbers = [p["pass"] for p in passes]
+    for key, label, colour in (("topk", f"among the top {top_k}", _COLOURS[2]),
+                               ("top1", "top class", _COLOURS[0])):
+        axis.plot(numbers, [100 * p[key] for p in passes], "o-", markersize=4, color=colour,
+                  label=f"{label}: {100 * agreement[key]:.1f} %")
+    c = agreement["by_class"]
+    for low, high, alpha, label in (("q05", "q95", 0.1, "5 to 95 % of the classes, top class"),
+                                    ("q25", "q75", 0.2, "25 to 75 %")):
+        axis.axhspan(100 * c[low], 100 * c[high], alpha=alpha, color=_COLOURS[0], linewidth=0,
+                     label=label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
+    axis.set_ylim(0, 102)
+    axis.set_xlabel("pass")
+    axis.set_ylabel("views, %")
+    axis.set_title(f"agreement with {agreement['rule']}", fontsize=10)
+    axis.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=9, loc="best")
+
+
+def _draw_frequency(axis, ranked: dict[str, list[int]], num_classes: int) -> None:
+    """How often each class is the most probable, from the most to the least frequent."""
+    views = np.array(ranked["views"])
+    axis.loglog(ranked["rank"], views, color=_COLOURS[3], linewidth=1.6,
+                marker="o" if len(views) <= _WHOLE else "", markersize=4)
+    axis.set_ylim(min(0.8, views.min()), 2 * views.max())
+    axis.set_xlabel("rank of the class")
+    axis.set_ylabel("views that it is the top class of")
+    axis.set_title(f"top classes: {max(ranked['rank']):,} of {num_classes:,} are on top of a view",
+                   fontsize=10)
+    axis.grid(alpha=0.25, which="both")

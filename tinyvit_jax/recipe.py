@@ -4,22 +4,38 @@ Every stage is finished by its own file (a fit.json, whole shards, result.json),
 killed anywhere goes on from there when it is started again.
 """
 
+import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 
-from tinyvit_jax import capture, log, measure, mix, plots, teachers, train, weights
+from tinyvit_jax import (
+    capture,
+    forecast,
+    log,
+    matching,
+    measure,
+    mix,
+    plots,
+    teachers,
+    train,
+    weights,
+)
 from tinyvit_jax import config as configs
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import files
 from tinyvit_jax.data import augment, images, pipeline
-from tinyvit_jax.data.order import follow_store
+from tinyvit_jax.data.order import StoredOrder, follow_store
 from tinyvit_jax.store import store as stores
+from tinyvit_jax.store.place import Place, open_place
+from tinyvit_jax.team import Team
 
 logger = logging.getLogger("tinyvit_jax")
+_CLOCK = "capture_seconds.json"
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config=FILE") -> dict:
@@ -49,7 +65,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
             logger.info("%g epochs over %d stored passes: every stored view is shown %.1f times",
                         config.train.epochs, config.store.passes,
                         config.train.epochs / config.store.passes)
-        draw_views(make_views(config, data), store, workdir / "views.png")
+        views = make_views(config, data)
+        matching.check_store(store, config, data, views.spec, alone=jax.process_count() == 1)
+        matching.check_replay(store, data, views.spec, config.store.replay)
+        draw_views(views, store, workdir / "views.png")
     student = train.fit(config, workdir, data, store, title="student" if store else "train")
     result |= student
     curves = {"student" if store else "train": log.read_metrics(workdir / "metrics.jsonl")}
@@ -117,19 +136,20 @@ def open_prepared_data(config: ml_collections.ConfigDict, workdir: Path, flags: 
             train.open_eval_source(config)
         except images.SourceError as other:
             steps += [str(other)] if str(other) != steps[0] else []
-        path = store_path(config, workdir)
-        if config.objective.name == "stored_logits" and not config.store.capture and not (
-                path / "manifest.json").exists():
-            steps.append(f"The run also learns from a store of teacher logits, which {path} is not "
-                         f"yet. Capture it with  {capture_command(config, flags)}")
+        place = store_place(config, workdir)
+        if config.objective.name == "stored_logits" and not config.store.capture and (
+                "manifest.json" not in place.names()):
+            steps.append(f"The run also learns from a store of teacher logits, which {place.url} "
+                         f"is not yet. Capture it with  {capture_command(config, flags)}")
         if len(steps) > 1:
             steps = [f"({i}) {step}" for i, step in enumerate(steps, 1)]
         raise images.SourceError(" ".join(steps)) from error
 
 
-def store_path(config: ml_collections.ConfigDict, workdir: Path) -> Path:
-    """Where the run's store is."""
-    return Path(config.store.path or workdir / "store")
+def store_place(config: ml_collections.ConfigDict, workdir: Path) -> Place:
+    """Where the run's store is; of one in a bucket, shards are kept in the cache of the config."""
+    s = config.store
+    return open_place(s.path or workdir / "store", s.cache, round(s.cache_gb * 1e9))
 
 
 def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.Data,
@@ -139,26 +159,33 @@ def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.
     Raises:
         StoreError: passes are missing and store.capture is off; it names the command.
     """
-    path = store_path(config, workdir)
-    if not config.store.capture or jax.process_count() > 1:  # one process captures, before
-        if not path.exists():
-            raise stores.StoreError(f"There is no store of teacher logits in {path}. Capture it "
-                                    f"with  {capture_command(config, flags)}")
-        store = stores.open_store(path)
-        missing = store.missing()
-        if missing or store.manifest.passes < config.store.passes:
-            raise stores.StoreError(
-                f"The store {path} holds {store.manifest.passes} passes and lacks {len(missing)} "
-                f"of their shards; --config.store.passes asks for {config.store.passes}. Capture "
-                f"what is missing with  {capture_command(config, flags)}")
-        return store, {}
+    place = store_place(config, workdir)
+    if not config.store.capture:
+        return _open_captured(config, place, flags), {}
     mesh = meshes.make_mesh()
     result: dict = {}
     if teaches_itself(config):
         taught = train.fit(teacher_config(config), workdir / "teacher", data, title="teacher")
         result = {f"teacher_{k}": taught[k] for k in ("top1", "top5", "seconds", "parameters")}
-    store, seconds = fill_store(with_teacher(config, workdir), path, data, mesh)
+    store, seconds = fill_store(with_teacher(config, workdir), place, data, mesh)
     return store, {**result, "capture_seconds": seconds}
+
+
+def _open_captured(config: ml_collections.ConfigDict, place: Place, flags: str) -> stores.Store:
+    """Opens a store that has all the passes that a run asks for."""
+    try:
+        place.read("manifest.json")
+    except FileNotFoundError:
+        raise stores.StoreError(f"There is no store of teacher logits in {place.url}. Capture it "
+                                f"with  {capture_command(config, flags)}") from None
+    store = stores.open_store(place)
+    missing = [s for s in store.missing() if s.pass_number < config.store.passes]
+    if missing or store.manifest.passes < config.store.passes:
+        raise stores.StoreError(
+            f"The store {place.url} holds {store.manifest.passes} passes and lacks {len(missing)} "
+            f"of their shards; --config.store.passes asks for {config.store.passes}. Capture "
+            f"what is missing with  {capture_command(config, flags)}")
+    return store
 
 
 def teaches_itself(config: ml_collections.ConfigDict) -> bool:
@@ -175,27 +202,39 @@ def with_teacher(config: ml_collections.ConfigDict, workdir: Path) -> ml_collect
     return c
 
 
-def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
-                   ) -> tuple[list[str], dict]:
+def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int,
+                   repair: bool = False) -> tuple[list[str], dict]:
     """Verifies a store and runs its teacher again on `count` views spread over its passes.
+
+    Args:
+        config: a checked config.
+        workdir: of the run.
+        count: how many views the teacher sees again.
+        repair: capture damaged and missing shards again, and verify them.
 
     Returns:
         The problems found, and {"views", "kl", "top1"} of the comparison (empty where the store
         could not be read).
     """
-    store = stores.open_store(store_path(config, workdir))
+    store = stores.open_store(store_place(config, workdir))
     data = train.open_data(config, evaluated=False)
     data = data._replace(order=follow_store(data.order, store))
     views = make_views(config, data)
-    train.check_store(store, config, data, views.spec)
-    problems = store.verify()
-    problems += [f"{shard} is missing" for shard in store.missing()]
+    matching.check_store(store, config, data, views.spec)
+    matching.check_replay(store, data, views.spec, config.store.replay)
+    damage = store.verify(_key_finder(data))
+    missing = store.missing()
+    damage = [problem for problem in damage if problem.shard not in missing]
+    problems = [*map(str, damage), *(f"{shard} is missing" for shard in missing)]
+    if problems and repair:
+        broken = sorted({*missing, *(problem.shard for problem in damage)}, key=lambda s: s.name)
+        problems = _repair(with_teacher(config, workdir), store, data, broken, problems)
     if problems:
         return problems, {}
     mesh = meshes.make_mesh()
     c = with_teacher(config, workdir)
     teacher = teachers.make_teacher(c.teacher, tuple(data.train.class_names),
-                                   views.spec.image_size, mesh)
+                                   views.spec.image_size, mesh, store.manifest.temperature)
     if store.manifest.teacher["weights"]:  # the original's files do not tell whose they are
         store.check({"teacher.weights": teacher.description["weights"]})
     stored = pipeline.Views(data.train, views.spec, data.order, store)
@@ -204,6 +243,35 @@ def check_captured(config: ml_collections.ConfigDict, workdir: Path, count: int
         problems.append(f"the teacher gives other targets now: KL {found['kl']:.2e} between stored "
                         f"and recomputed, at most {capture.MAX_KL:.0e} expected")
     return problems, found
+
+
+def _repair(config: ml_collections.ConfigDict, store: stores.Store, data: train.Data,
+            broken: list[stores.Shard], problems: list[str]) -> list[str]:
+    """Captures shards again, each replaced once its new content is whole; what is wrong then."""
+    own = store.manifest
+    if own.origin:
+        files_of = ", ".join(f"{shard.name}.array_record" for shard in broken)
+        raise stores.StoreError(
+            f"The store {store.path} was not captured here, so no teacher can repair it: "
+            f"{'; '.join(problems)}. Remove {files_of} from it and run {own.command}, which "
+            f"writes what is missing (tools/import_store.py reads the files it came from).")
+    for problem in problems:
+        logger.info("repair: %s", problem)
+    logger.info("repair: capturing again %s", "; ".join(map(str, broken)))
+    for key in ("passes", "top_k", "codec", "temperature", "tail", "shard_views", "block_views"):
+        config.store[key] = getattr(own, key)
+    fill_store(config, store.place, data, meshes.make_mesh(), broken)
+    again = stores.open_store(store.place)
+    return [*map(str, again.verify(_key_finder(data), broken)),
+            *(f"{shard} is missing" for shard in again.missing())]
+
+
+def _key_finder(data: train.Data) -> Callable | None:
+    """Gives `Store.verify` the keys of places; None where the store alone knows them."""
+    if isinstance(data.order, StoredOrder):
+        return None
+    return lambda number, start, stop: data.order.keys(np.full(stop - start, number),
+                                                       np.arange(start, stop))
 
 
 def capture_command(config: ml_collections.ConfigDict, flags: str) -> str:
@@ -225,29 +293,54 @@ def make_views(config: ml_collections.ConfigDict, data: train.Data) -> pipeline.
                           data.order)
 
 
-def fill_store(config: ml_collections.ConfigDict, path: Path, data: train.Data, mesh
-               ) -> tuple[stores.Store, float]:
-    """Captures every missing shard; returns the store and the seconds it took, over all starts."""
+def fill_store(config: ml_collections.ConfigDict, path: str | Path | Place, data: train.Data, mesh,
+               chosen: Sequence[stores.Shard] = ()) -> tuple[stores.Store, float]:
+    """Captures every missing shard, or those that are chosen, beside any number of processes.
+
+    Returns:
+        The store, and the seconds it took, over all starts.
+    """
+    team = Team()
     views = make_views(config, data)
     meshes.check_rows(config.teacher.batch_size, "teacher.batch_size",
                       2 if views.order.paired else 1)
-    needed = capture.estimate(config, data.train, data.order, path)
-    teacher = teachers.make_teacher(config.teacher, tuple(data.train.class_names),
-                                   views.spec.image_size, mesh)
-    manifest = capture.make_manifest(config, teacher.description, data.train, views.spec,
-                                     data.order)
-    store = stores.create_store(path, manifest)
-    clock = path / "capture_seconds.json"
-    before = log.read_json(clock) or {"seconds": 0.0}
-    if store.missing():
-        capture.check_fits(needed, path)
+    teacher = team.together(lambda: teachers.make_teacher(
+        config.teacher, tuple(data.train.class_names), views.spec.image_size, mesh,
+        config.store.temperature))
+    manifest = team.together(lambda: capture.make_manifest(
+        config, teacher.description, data.train, views.spec, data.order))
+    store = team.in_turn(lambda: stores.create_store(path, manifest))
+    before = _read_seconds(store)
+    missing = team.together(store.missing)
+    if missing or chosen:
+        needs = team.together(lambda: forecast.estimate(config, data.train, data.order,
+                                                        store.place))
+        part = len(chosen or missing) / needs.shards
+        team.together(lambda: forecast.check_fits(needs, store.place, part))
         logger.info("capture: %d of %d shards of %s are missing, about %s bytes for %s views",
-                    len(store.missing()), len(store.shards()), path, f"{needed['bytes']:,}",
-                    f"{needed['views']:,}")
-        seconds = capture.capture(config, teacher, views, store, mesh)
-        before = {"seconds": before["seconds"] + seconds}
-        log.write_json(clock, before)
-    return store, before["seconds"]
+                    len(missing), needs.shards, store.path, f"{needs.most_bytes:,}",
+                    f"{needs.views:,}")
+        seconds = capture.capture(config, teacher, views, store, mesh, chosen)
+        # Processes that share the work share the time: the longest of them counts.
+        before = max(before + seconds, _read_seconds(store))
+    team.together(lambda: _tidy(config, store, before) if team.first else None)
+    return store, before
+
+
+def _tidy(config: ml_collections.ConfigDict, store: stores.Store, seconds: float) -> None:
+    """Removes what writers of this machine that died left, and notes the time it all took."""
+    capture.open_claims(config, store).sweep(())
+    store.remove_leftovers()
+    if seconds != _read_seconds(store):
+        store.place.write(_CLOCK, json.dumps({"seconds": seconds}).encode())
+
+
+def _read_seconds(store: stores.Store) -> float:
+    """What the captures of a store took, as far as they came to their end."""
+    try:
+        return float(json.loads(store.place.read(_CLOCK))["seconds"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # nothing hangs on it
+        return 0.0
 
 
 def draw_views(views: pipeline.Views, store: stores.Store, path: Path, count: int = 12) -> None:

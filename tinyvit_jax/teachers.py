@@ -1,8 +1,9 @@
-"""Teachers: what turns replayed pixels into the logits that a store keeps the top K of."""
+"""Teachers: what turns replayed pixels into the probabilities that a store keeps the top K of."""
 
 import hashlib
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyvit_jax import evaluate, log, mix, models, weights
+from tinyvit_jax import evaluate, heads, log, mix, models, weights
 from tinyvit_jax import mesh as meshes
+from tinyvit_jax.team import Team
 
 
 class TeacherError(ValueError):
@@ -21,69 +23,154 @@ class TeacherError(ValueError):
 
 
 class Teacher(NamedTuple):
-    """A teacher ready to run: pixels float32 [B, S, S, 3] in 0-255 -> logits [B, C]."""
+    """A teacher ready to run, in one process or, all at once, in each of several.
 
-    logits: Callable[[jax.Array], jax.Array]
+    `log_probs` takes pixels float32 [B, S, S, 3] in 0-255, a global array on the mesh, and gives
+    float32 [B, C], the log of each class's probability, its rows cut over the devices.
+    """
+
+    log_probs: Callable[[jax.Array], jax.Array]
     description: dict  # as the manifest holds it: name, weights hash, image_size, mean, std, dtype
 
 
 def make_teacher(config: ml_collections.ConfigDict, class_names: tuple[str, ...], view_size: int,
-                 mesh: Mesh) -> Teacher:
-    """The teacher of a run.
+                 mesh: Mesh, temperature: float = 1.0) -> Teacher:
+    """The teacher of a run: one, or several whose probabilities are averaged.
 
     Args:
         config: the `teacher` section: weights of a workdir, which bring their own shape, image
             size, normalisation and class names; those of a PyTorch file, which lack the last; or a
             `module:function` that takes uint8 [B, S, S, 3] RGB and gives logits [B, C] as anything
-            numpy can read.
+            numpy can read. Those in `ensemble` are used in the same way, each by itself.
         class_names: of the student, in order; the teacher's are put into that order by name.
         view_size: S of the views.
-        mesh: over which batches are cut.
+        mesh: over which batches are cut, and with `shard` the weights too.
+        temperature: that logits are divided by before the softmax.
 
     Raises:
         TeacherError, or the errors of loading weights.
     """
-    if ":" in config.name:
-        return _user_teacher(config.name, len(class_names), view_size)
-    if not config.weights:
-        raise TeacherError(
-            f"The teacher {config.name or '(none named)'} has no weights. Set "
-            f"--config.teacher.weights=WORKDIR_OR_FILE, or name a function by "
-            f"--config.teacher.name=module:function.")
-    trained = weights.open_trained(config.weights, config.image_size, tuple(config.stem_strides),
-                                   num_heads=tuple(config.num_heads))
-    _check_model(config, trained.model)
-    class_map = _match_classes(config.weights, trained, class_names)
-    mean, std = (config.mean, config.std) if config.mean else (trained.mean, trained.std)
-    model = trained.model.copy(dtype=jnp.dtype(config.dtype))
-    variables, size = meshes.put_state(trained.variables, mesh), model.image_size
+    sections = list_members(config)
+    if config.shard and all(":" in section.name for section in sections):
+        raise TeacherError(f"--config.teacher.shard=True cannot work: {config.name} is a function, "
+                           f"whose weights are its own. Leave it False.")
+    members = [_make_member(s, class_names, view_size, mesh, temperature) for s in sections]
+    if len(members) == 1:
+        return members[0]
+    average = jax.jit(average_log_probs, out_shardings=meshes.sharded(mesh))
+    descriptions = [member.description for member in members]
+    return Teacher(lambda pixels: average([m.log_probs(pixels) for m in members]), {
+        "name": "+".join(d["name"] for d in descriptions),
+        "weights": hash_members([d["weights"] for d in descriptions]), "image_size": view_size,
+        "mean": [], "std": [], "dtype": config.dtype, "members": descriptions})
 
-    @jax.jit
-    def logits(variables: dict, pixels: jax.Array) -> jax.Array:
+
+def list_members(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+    """A `teacher` section for each teacher of a run: the first is described by the keys around it.
+
+    The shape is the first one's alone, and so is the normalisation where another is a workdir: it
+    has its own. `dtype`, `shard`, and the normalisation of files hold for all.
+    """
+    first = ml_collections.ConfigDict(config.to_dict())
+    first.ensemble = ()
+    sections = [first]
+    for entry in config.ensemble:
+        section = ml_collections.ConfigDict(first.to_dict())
+        function = ":" in entry and not Path(entry).exists()
+        section.update({"name": entry if function else "", "weights": "" if function else entry,
+                        "image_size": 0})
+        section.update(dict.fromkeys(("embed_dims", "depths", "num_heads", "window_sizes",
+                                      "stem_strides"), ()))
+        if Path(entry).is_dir():
+            section.mean, section.std = (), ()
+        sections.append(section)
+    return sections
+
+
+def average_log_probs(parts: Sequence[jax.Array]) -> jax.Array:
+    """The log of the mean of N teachers' probabilities.
+
+    Args:
+        parts: N arrays of log-probabilities, float32 [B, C].
+
+    Returns:
+        float32 [B, C]: log((p_1 + ... + p_N) / N), without ever leaving the log.
+    """
+    return jax.nn.logsumexp(jnp.stack(parts), axis=0) - math.log(len(parts))
+
+
+def hash_teacher(config: ml_collections.ConfigDict) -> str:
+    """The `weights` of the description that `make_teacher` would give, without making it."""
+    hashes = [_import_function(s.name)[1] if ":" in s.name else
+              weights.hash_weights(_open(s).variables) for s in list_members(config)]
+    return hashes[0] if len(hashes) == 1 else hash_members(hashes)
+
+
+def hash_members(hashes: Sequence[str]) -> str:
+    """sha256 over the hashes of several teachers, in their order."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _make_member(section: ml_collections.ConfigDict, class_names: tuple[str, ...], view_size: int,
+                 mesh: Mesh, temperature: float) -> Teacher:
+    """One teacher of a section without an ensemble."""
+    if ":" in section.name:
+        return _function_teacher(section.name, len(class_names), view_size, mesh, temperature)
+    return _model_teacher(section, class_names, view_size, mesh, temperature)
+
+
+def _model_teacher(section: ml_collections.ConfigDict, class_names: tuple[str, ...],
+                   view_size: int, mesh: Mesh, temperature: float) -> Teacher:
+    """A model of ours with its weights."""
+    trained = _open(section)
+    class_map = _match_classes(section.weights, trained, class_names)
+    mean, std = (section.mean, section.std) if section.mean else (trained.mean, trained.std)
+    model = trained.model.copy(dtype=jnp.dtype(section.dtype))
+    put = meshes.shard_state if section.shard else meshes.put_state
+    variables, size = put(trained.variables, mesh), model.image_size
+
+    def log_probs(variables: dict, pixels: jax.Array) -> jax.Array:
+        # Weights come together where they are used; else XLA might cut activations like them.
+        variables = jax.lax.with_sharding_constraint(variables, meshes.replicated(mesh))
         if size != view_size:
             shape = (pixels.shape[0], size, size, 3)
             pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic"), 0.0, 255.0)
         out = model.apply(variables, mix.normalize(pixels, mean, std), train=False)
-        return out if class_map is None else out[:, class_map]
+        out = out if class_map is None else out[:, class_map]
+        return jax.nn.log_softmax(out.astype(jnp.float32) / temperature)
 
-    return Teacher(lambda pixels: logits(variables, pixels), {
-        "name": config.name or Path(config.weights).name,
+    compiled = jax.jit(log_probs, out_shardings=meshes.sharded(mesh))
+    return Teacher(lambda pixels: compiled(variables, pixels), {
+        "name": section.name or Path(section.weights).name,
         "weights": weights.hash_weights(trained.variables), "image_size": size,
-        "mean": list(mean), "std": list(std), "dtype": config.dtype})
+        "mean": list(mean), "std": list(std), "dtype": section.dtype})
 
 
-def _check_model(config: ml_collections.ConfigDict, model) -> None:
-    """Raises TeacherError where the weights are of another model than the config describes."""
-    variant = models.VARIANTS.get(config.name, {})
-    wanted = {key: tuple(config[key]) or variant.get(key, ()) for key in ("embed_dims", "depths")}
+def _open(section: ml_collections.ConfigDict) -> weights.Trained:
+    """The model and weights that a section names."""
+    if not section.weights:
+        raise TeacherError(
+            f"The teacher {section.name or '(none named)'} has no weights. Set "
+            f"--config.teacher.weights=WORKDIR_OR_FILE, or name a function by "
+            f"--config.teacher.name=module:function.")
+    trained = weights.open_trained(section.weights, section.image_size,
+                                   tuple(section.stem_strides), num_heads=tuple(section.num_heads))
+    _check_model(section, trained.model)
+    return trained
+
+
+def _check_model(section: ml_collections.ConfigDict, model) -> None:
+    """Raises TeacherError where the weights are of another model than the section describes."""
+    variant = models.VARIANTS.get(section.name, {})
+    wanted = {key: tuple(section[key]) or variant.get(key, ()) for key in ("embed_dims", "depths")}
     found = {key: getattr(model, key) for key in wanted}
     if variant:
-        wanted["family"], found["family"] = map(models.family_of, (config.name, model))
+        wanted["family"], found["family"] = map(models.family_of, (section.name, model))
     faults = [f"{key} {found[key]}, expected {wanted[key]}" for key in wanted
               if wanted[key] and found[key] != wanted[key]]
     if faults:
         raise TeacherError(
-            f"The weights {config.weights} are not those of --config.teacher.name={config.name}: "
+            f"The weights {section.weights} are not those of --config.teacher.name={section.name}: "
             f"{'; '.join(faults)}. Give the weights of that model, or leave the name and the keys "
             f"of its shape empty: weights bring their own.")
 
@@ -92,7 +179,7 @@ def _match_classes(path: str, trained: weights.Trained, class_names: tuple[str, 
                    ) -> np.ndarray | None:
     """Which of the teacher's classes each of the student's is; a file has no names to go by."""
     if Path(path).is_dir():
-        return evaluate.make_class_map(trained.class_names, class_names, max_missing=0.0)
+        return _match_names(path, trained.class_names, class_names)
     count = trained.model.num_classes
     if count != len(class_names):
         raise TeacherError(f"The teacher {path} has {count} classes, and the "
@@ -104,27 +191,68 @@ def _match_classes(path: str, trained: weights.Trained, class_names: tuple[str, 
     return None
 
 
-def _user_teacher(name: str, num_classes: int, view_size: int) -> Teacher:
-    """Wraps a user's own function, and checks what it gives on every batch."""
+def _match_names(path: str, own: tuple[str, ...], class_names: tuple[str, ...]
+                 ) -> np.ndarray | None:
+    """Which of a teacher's classes each of the student's is, by name: all must be there."""
+    known = set(own)
+    missing = [name for name in class_names if name not in known]
+    if missing:
+        raise TeacherError(
+            f"The teacher {path} lacks {len(missing)} of the {len(class_names)} classes of the "
+            f"images: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; its own "
+            f"{len(own)} are {', '.join(own[:3])} ... Give a teacher of all these classes; where "
+            f"only the names differ, convert its PyTorch file with the images' "
+            f"(tools/convert_checkpoint.py --classes).")
+    if tuple(own) != tuple(class_names):
+        for names, whose in ((own, f"of the teacher {path}"), (class_names, "of the images")):
+            try:
+                heads.check_distinct(names)
+            except ValueError as error:
+                raise TeacherError(f"The classes {whose} cannot be matched by name: {error}"
+                                   ) from error
+    return evaluate.make_class_map(own, class_names, max_missing=0.0)
+
+
+def _function_teacher(name: str, num_classes: int, view_size: int, mesh: Mesh,
+                      temperature: float) -> Teacher:
+    """Wraps a user's own function, which each process calls with its own rows of every batch."""
+    function, source = _import_function(name)
+    rows = meshes.sharded(mesh)
+    # A mixed pixel is no whole number; a user's function is promised uint8.
+    to_uint8 = jax.jit(lambda pixels: jnp.round(pixels).astype(jnp.uint8), out_shardings=rows)
+    soften = jax.jit(lambda logits: jax.nn.log_softmax(logits / temperature), out_shardings=rows)
+
+    def log_probs(pixels: jax.Array) -> jax.Array:
+        images = meshes.local_rows(to_uint8(pixels))
+        # Where it fails in one process, no other may go on: what comes next may need them all.
+        logits = Team().together(lambda: _check_logits(
+            name, np.asarray(function(images), np.float32), (len(images), num_classes)))
+        return soften(meshes.put_batch({"logits": logits}, mesh)["logits"])
+
+    return Teacher(log_probs, {"name": name, "weights": source, "image_size": view_size,
+                               "mean": [], "std": []})
+
+
+def _import_function(name: str) -> tuple[Callable, str]:
+    """A user's function, and the sha256 of its file."""
     module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
     except (ImportError, AttributeError) as error:
-        raise TeacherError(f"--config.teacher.name={name}: {error}. Expected module:function with "
+        raise TeacherError(f"The teacher {name}: {error}. Expected module:function with "
                            f"the module on PYTHONPATH.") from error
-
-    def logits(pixels: jax.Array) -> jax.Array:
-        # A mixed pixel is no whole number; a user's function is promised uint8.
-        out = np.asarray(function(np.asarray(jnp.round(pixels)).astype(np.uint8)), np.float32)
-        if out.shape != (len(pixels), num_classes) or not np.isfinite(out).all():
-            raise TeacherError(
-                f"The teacher {name} gave an array of shape {out.shape}"
-                f"{'' if np.isfinite(out).all() else ' with values that are not finite'}; expected "
-                f"finite logits of shape {(len(pixels), num_classes)}, one column for each class.")
-        return jnp.asarray(out)
-
     # The function's file stands for the weights: the best there is without knowing them.
-    file = getattr(importlib.import_module(module_name), "__file__", None)
-    source = Path(file).read_bytes() if file else name.encode()
-    return Teacher(logits, {"name": name, "weights": hashlib.sha256(source).hexdigest(),
-                            "image_size": view_size, "mean": [], "std": []})
+    file = getattr(module, "__file__", None)
+    return function, hashlib.sha256(Path(file).read_bytes() if file else name.encode()).hexdigest()
+
+
+def _check_logits(name: str, logits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The logits, where a user's function gave finite ones of the shape; else TeacherError."""
+    finite = np.isfinite(logits).all()
+    if logits.shape != shape or not finite:
+        raise TeacherError(
+            f"The teacher {name} gave an array of shape {logits.shape}"
+            f"{'' if finite else ' with values that are not finite'}; expected "
+            f"finite logits of shape {shape}, one column for each class.")
+    return logits

@@ -22,6 +22,7 @@ from tinyvit_jax import mesh as meshes
 from tinyvit_jax.config import mixes
 from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import AnyOrder, Order
+from tinyvit_jax.matching import check_replay, check_store, record_store
 from tinyvit_jax.store import store as stores
 
 
@@ -82,9 +83,9 @@ def make_student(config: ml_collections.ConfigDict, data: Data):
                               freeze_norm=m.freeze_norm or m.trainable != "all")
 
 
-def count_steps(config: ml_collections.ConfigDict, num_images: int) -> tuple[int, float]:
-    """Updates in the run, and in an epoch."""
-    per_epoch = num_images / config.train.batch_size
+def count_steps(config: ml_collections.ConfigDict, views: int) -> tuple[int, float]:
+    """Updates in the run, and in an epoch of so many views."""
+    per_epoch = views / config.train.batch_size
     return max(1, round(config.train.epochs * per_epoch)), per_epoch
 
 
@@ -122,7 +123,8 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         schedule: step -> learning rate.
         mesh: over which batches are cut.
     """
-    objective = objectives.make_objective(config.objective)
+    objective = objectives.make_objective(config.objective, config.store.temperature,
+                                          config.store.tail)
     parts, decay = config.train.accumulate, config.optim.ema
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     seed, trainable = config.seed, config.model.trainable
@@ -201,24 +203,13 @@ def _micro_batches(batch: dict, parts: int) -> dict:
     return {name: cut(name, x) for name, x in batch.items()}
 
 
-def check_store(store: stores.Store, config: ml_collections.ConfigDict, data: Data,
-                spec: augment.Spec) -> None:
-    """Raises StoreError where the store was not made of these images, views and classes."""
-    store.check({
-        "image_set.fingerprint": data.train.fingerprint,
-        "class_names": tuple(data.train.class_names),
-        "augment": augment.to_dict(spec), "data_seed": data.order.seed,
-        "views_per_pass": data.order.views_per_pass, "top_k": config.store.top_k,
-    })
-
-
 def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         store: stores.Store | None = None, title: str = "train") -> dict:
     """Trains from whatever state the workdir holds to the end of the run.
 
     Args:
         config: a checked config.
-        workdir: gets config.json, model.json, metrics.jsonl, checkpoints/ and fit.json.
+        workdir: gets config.json, store.json, model.json, metrics.jsonl, checkpoints/, fit.json.
         data: from `open_data`.
         store: the teacher's targets, for the stored_logits objective.
         title: what the progress bar says.
@@ -231,11 +222,14 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
     model = make_student(config, data)
     spec = augment.make_spec(config.augment, model.image_size)
     if store is not None:
-        check_store(store, config, data, spec)
+        check_store(store, config, data, spec, alone=jax.process_count() == 1)
+        check_replay(store, data, spec, config.store.replay)
     meshes.check_rows(config.train.batch_size, "train.batch_size",
                       config.train.accumulate * (2 if mixes(config) else 1))
     record_config(config, workdir, data)
-    steps, per_epoch = count_steps(config, len(data.train))
+    if store is not None:
+        record_store(store, workdir, write=jax.process_index() == 0)
+    steps, per_epoch = count_steps(config, data.order.views_per_epoch)
     schedule = optim.make_schedule(config.optim, config.train.batch_size, steps, per_epoch)
 
     def make_tx(params):
@@ -256,7 +250,8 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
                 model, {}, data.train.class_names, config.data.mean, config.data.std,
                 config.eval.crop, config.eval.crop_ratio), config.model.name))
         step_fn = make_train_step(config, model, make_tx(state.params), schedule, mesh)
-        views = pipeline.Views(data.train, spec, data.order, store, config.store.passes)
+        views = pipeline.Views(data.train, spec, data.order, store, config.store.passes,
+                               config.store.top_k)
         evaluator = make_evaluator(config, model, data.eval, data.class_map, mesh)
         result = _loop(config, workdir, state, steps, per_epoch, step_fn, views, evaluator,
                        checkpoints, mesh, title)
@@ -387,7 +382,9 @@ def make_evaluator(config: ml_collections.ConfigDict, model, source: images.Imag
 
 # What may change between a run and its resumption without changing a number of it.
 _FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.eval_source",
-         "data.data_dir", "log_every", "checkpoint", "store.path", "store.capture", "teacher",
+         "data.data_dir", "log_every", "checkpoint", "store.path", "store.capture", "store.codec",
+         "store.shard_views", "store.block_views",
+         "store.teacher", "store.replay", "store.lease", "store.cache", "store.cache_gb", "teacher",
          "train.max_skipped", "eval.batch_size", "eval.checkpoint", "eval.image_size", "benchmark",
          "label_only_twin", "export_torch")
 

@@ -24,10 +24,15 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def convert(source: str, target: str, layout: str, image_size: int,
-            stem_strides: tuple[int, ...], class_names: tuple[str, ...]) -> list[str]:
+            stem_strides: tuple[int, ...], class_names: tuple[str, ...],
+            mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
     """Converts and checks; returns one line for each."""
     check_new(target)
+    if len(mean) != len(std) or min(std, default=1) <= 0 or (mean and is_file(target)):
+        raise ValueError(f"--mean={mean} --std={std}: expected both or neither, std above 0, and "
+                         f"--to a folder, for a PyTorch file does not hold them.")
     trained = weights.open_trained(source, image_size, stem_strides, class_names)
+    trained = trained._replace(mean=mean or trained.mean, std=std or trained.std)
     if is_file(target):
         state = weights.convert_to(trained.variables, layout)
         files.write_state(target, state)
@@ -92,6 +97,9 @@ def main() -> None:
                         help="which a PyTorch file does not tell either (2 2)")
     parser.add_argument("--classes", default="", help="file of class names, one a line, or the "
                         "original's imagenet_1kto22k.txt")
+    for name in ("--mean", "--std"):
+        parser.add_argument(name, type=float, nargs=3, default=(), help="of the images it was "
+                            "trained with, in [0, 1] (ImageNet's, of a CLIP OpenAI's)")
     parser.add_argument("--tensors_only", action="store_true", help="only copy the tensors out of "
                         "a file that holds other Python objects too, none of which is run")
     args = parser.parse_args()
@@ -102,7 +110,8 @@ def main() -> None:
             return
         names = read_names(args.classes)
         print(*convert(args.source, args.to, args.layout, args.image_size,
-                       tuple(args.stem_strides), names), sep="\n")
+                       tuple(args.stem_strides), names, tuple(args.mean), tuple(args.std)),
+              sep="\n")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

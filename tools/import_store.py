@@ -35,17 +35,17 @@ def main() -> None:
 
     importing.check_spec(config.augment.spec)
     data = train.open_data(config, evaluated=False)
-    path = recipe.store_path(config, workdir)
+    place = recipe.store_place(config, workdir)
     store = importing.import_store(
-        Path(_FROM.value), path, data.train, importing.Settings(
+        Path(_FROM.value), place, data.train, importing.Settings(
             spec=recipe.make_views(config, data).spec, paired=mixes(config),
             top_k=config.store.top_k, teacher=_TEACHER.value,
             shard_views=config.store.shard_views, block_views=config.store.block_views,
             processes=_PROCESSES.value or os.cpu_count() or 1))
     m = store.manifest
-    print(f"{path}: complete, {m.passes} passes of {m.views_per_pass:,} views, "
+    print(f"{store.path}: complete, {m.passes} passes of {m.views_per_pass:,} views, "
           f"{store.bytes_per_view():.1f} bytes a view. Train from it with "
-          f"--config.store.path={path} --config.store.passes={m.passes} "
+          f"--config.store.path={store.path} --config.store.passes={m.passes} "
           f"--config.store.top_k={m.top_k} --config.augment.spec=microsoft")
 
 

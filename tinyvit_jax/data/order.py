@@ -28,6 +28,11 @@ class Order(NamedTuple):
         """Views in one pass over the images."""
         return self.num_images + (self.num_images % 2 if self.paired else 0)
 
+    @property
+    def views_per_epoch(self) -> int:
+        """Views in an epoch: as many as there are images."""
+        return self.num_images
+
     def locate(self, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The pass and the position of view numbers: int64 [n] -> (int64 [n], int64 [n])."""
         return np.divmod(np.asarray(view, np.int64), self.views_per_pass)
@@ -74,6 +79,11 @@ class StoredOrder(NamedTuple):
     def views_per_pass(self) -> int:
         """Views in one pass."""
         return self.store.manifest.views_per_pass
+
+    @property
+    def views_per_epoch(self) -> int:
+        """Views in an epoch: one pass, which may show some images twice or not at all."""
+        return self.views_per_pass
 
     def locate(self, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The pass and the position of view numbers: int64 [n] -> (int64 [n], int64 [n])."""

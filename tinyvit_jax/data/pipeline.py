@@ -38,12 +38,14 @@ class Views:
         order: which image and seed each view number has.
         store: the teacher's targets for these views, or None.
         passes: of the store to show before they are shown again; 0 = all it has.
+        top_k: how many of the stored classes to give, the most probable ones; 0 = all.
     """
 
     def __init__(self, source: images.ImageSource, spec: augment.Spec, order: AnyOrder,
-                 store: Store | None = None, passes: int = 0):
+                 store: Store | None = None, passes: int = 0, top_k: int = 0):
         self.source, self.spec, self.order, self.store = source, spec, order, store
         self.passes = passes or (store.manifest.passes if store else 0)
+        self.top_k = top_k or (store.manifest.top_k if store else 0)
 
     def read(self, view: np.ndarray) -> Batch:
         """The batch of consecutive view numbers: int64 [n] -> n rows."""
@@ -51,9 +53,9 @@ class Views:
         if self.store is not None:  # more epochs than stored passes show the passes again
             pass_number = pass_number % self.passes
         index, seed = self.order.keys(pass_number, position)
-        examples = self.source.read(index.tolist())
+        examples, pixels = self._replay(index, seed)
         batch = Batch(
-            image=np.stack([self._replay(e, int(s)) for e, s in zip(examples, seed, strict=True)]),
+            image=pixels,
             label=np.array([e.label for e in examples], np.int32),
             weight=np.ones(len(examples), np.float32),
         )
@@ -66,8 +68,24 @@ class Views:
             batch["index"], batch["prob"] = self._targets(pass_number, position, index, seed)
         return batch
 
-    def _replay(self, example: images.Example, seed: int) -> np.ndarray:
-        return augment.replay(example.image, example.key, seed, self.spec)
+    def replay(self, pass_number: np.ndarray, position: np.ndarray
+               ) -> tuple[list[images.Example], np.ndarray]:
+        """The images at some places and their views, as `read` shows them: unmixed.
+
+        Args:
+            pass_number: int [n], of a store one that it has.
+            position: int [n] in [0, views_per_pass), in any order.
+
+        Returns:
+            The n examples, and uint8 [n, S, S, 3].
+        """
+        return self._replay(*self.order.keys(pass_number, position))
+
+    def _replay(self, index: np.ndarray, seed: np.ndarray
+                ) -> tuple[list[images.Example], np.ndarray]:
+        examples = self.source.read(index.tolist())
+        return examples, np.stack([augment.replay(e.image, e.key, int(s), self.spec)
+                                   for e, s in zip(examples, seed, strict=True)])
 
     def _targets(self, pass_number: np.ndarray, position: np.ndarray, index: np.ndarray,
                  seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +97,8 @@ class Views:
             keys = (index[run], seed[run])
             parts.append(self.store.read(int(pass_number[run[0]]), int(position[run[0]]),
                                          int(position[run[-1]]) + 1, keys))
-        return (np.concatenate([i for i, _ in parts]), np.concatenate([p for _, p in parts]))
+        return (np.concatenate([i[:, :self.top_k] for i, _ in parts]),
+                np.concatenate([p[:, :self.top_k] for _, p in parts]))
 
 
 class TrainBatches:

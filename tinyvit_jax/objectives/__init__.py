@@ -13,8 +13,15 @@ import ml_collections
 from tinyvit_jax.objectives import stored_logits, supervised
 
 
-def make_objective(config: ml_collections.ConfigDict) -> Callable:
-    """The objective of a run, from the `objective` section of its config."""
+def make_objective(config: ml_collections.ConfigDict, stored_temperature: float = 1.0,
+                   tail: str = "uniform") -> Callable:
+    """The objective of a run.
+
+    Args:
+        config: the `objective` section.
+        stored_temperature: of the teacher's softmax when its targets were stored.
+        tail: of the store: "uniform" or "none".
+    """
     if config.name == "supervised":
         return supervised.make_objective(config.smoothing)
-    return stored_logits.make_objective()
+    return stored_logits.make_objective(config.temperature, stored_temperature, tail)

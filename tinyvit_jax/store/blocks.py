@@ -2,7 +2,8 @@
 
 A record begins with the 64-bit digest of the block's keys. Then come, where the store keeps keys of
 its own, the keys themselves: the image indices and the seeds as byte planes (all low bytes first).
-Where a formula gives the keys, one bit of a hash of each does. The block of the codec is the rest.
+Where a formula gives the keys, one bit of a hash of each does. The block of the codec is the rest,
+which brings its own compression: the file adds none.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyvit_jax.store import codec
+from tinyvit_jax.store import keys as view_keys
 from tinyvit_jax.store.manifest import Manifest
 
 Keys = tuple[np.ndarray, np.ndarray]  # image index int64 [n], view seed uint32 [n]
@@ -22,6 +24,7 @@ Targets = tuple[np.ndarray, np.ndarray]  # index int32 [n, K], prob float32 [n, 
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _DIGEST = struct.Struct("<Q")
 _SEED_BYTES = 4
+_OLD_INDEX_BYTES = 4  # of an image index in the first stores, however few images they had
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Block:
 
 
 def key_bytes(manifest: Manifest) -> int:
-    """Bytes of a view's stored key before compression; 0 where a formula gives the keys."""
+    """Bytes of a view's stored key; 0 where a formula gives the keys."""
     return _index_bytes(manifest) + _SEED_BYTES if manifest.keys == "stored" else 0
 
 
@@ -53,8 +56,8 @@ def pack(keys: Keys, index: np.ndarray, prob: np.ndarray, manifest: Manifest) ->
         ValueError: targets or keys that are none; names the view of the block.
     """
     known_by = (_pack_keys(keys, manifest) if manifest.keys == "stored" else
-                np.packbits(codec.key_bits(*keys)).tobytes())
-    return _DIGEST.pack(codec.digest(*keys)) + known_by + codec.encode(
+                np.packbits(view_keys.key_bits(*keys)).tobytes())
+    return _DIGEST.pack(view_keys.digest(*keys)) + known_by + codec.encode(
         index, prob, num_classes=len(manifest.class_names), mode=manifest.codec)
 
 
@@ -70,7 +73,11 @@ def unpack(record: bytes, views: int, manifest: Manifest) -> Block:
         CodecError: the bytes are cut short, changed, or of another block.
     """
     stored = manifest.keys == "stored"
-    size = views * key_bytes(manifest) if stored else -(-views // 8)
+    width = _index_bytes(manifest)
+    if stored and record[_DIGEST.size + views * (_OLD_INDEX_BYTES + _SEED_BYTES):][:4] == (
+            codec.MAGIC):
+        width = _OLD_INDEX_BYTES
+    size = views * (width + _SEED_BYTES) if stored else -(-views // 8)
     if len(record) < _DIGEST.size + size:
         raise codec.CodecError(f"{len(record)} bytes are too few for a block of {views} views")
     digest = _DIGEST.unpack_from(record)[0]
@@ -82,17 +89,16 @@ def unpack(record: bytes, views: int, manifest: Manifest) -> Block:
     if not stored:
         return Block(digest, np.unpackbits(known_by, count=views), None, index, prob)
     planes = known_by.reshape(-1, views)
-    width = _index_bytes(manifest)
     keys = _join(planes[:width]).astype(np.int64), _join(planes[width:]).astype(np.uint32)
-    if codec.digest(*keys) != digest:
+    if view_keys.digest(*keys) != digest:
         raise codec.CodecError("the digest of its keys is another one: they were changed after "
                                "they were written")
-    return Block(digest, codec.key_bits(*keys), keys, index, prob)
+    return Block(digest, view_keys.key_bits(*keys), keys, index, prob)
 
 
 def _index_bytes(manifest: Manifest) -> int:
-    """Bytes of an image index: 4, and 5 beyond 2**32 images."""
-    return 4 if manifest.image_set["images"] <= 1 << 32 else 5
+    """Bytes that hold any image index."""
+    return max(1, -(-(manifest.image_set["images"] - 1).bit_length() // 8))
 
 
 def _pack_keys(keys: Keys, manifest: Manifest) -> bytes:

@@ -6,23 +6,11 @@ import os
 import re
 import socket
 import time
+import zlib
 from pathlib import Path
 
+_TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]*)\.(\d+)\.[0-9a-f]{8}\.tmp")
 _STALE_SECONDS = 86_400.0  # a temporary file of another machine, untouched for so long, is dead
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old one or the new one."""
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -40,26 +28,40 @@ def temporary_path(path: Path) -> Path:
 
 
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    """This machine in a file's name: its own word, and what tells containers of one name apart."""
+    own = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    return f"{own}-{zlib.crc32(machine().encode()):08x}"
+
+
+def machine() -> str:
+    """What two processes share that see each other's pids: host, boot and namespace of pids."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not on Linux: no namespaces either
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+                  os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
 
 
 def remove_leftovers(path: Path) -> None:
     """Removes temporary files whose writers are dead."""
-    for file in [*path.glob(".*.tmp"), *path.glob("pass-*/.*.tmp")]:
-        host, pid = file.name.split(".")[-4:-2]
+    for file in [*path.glob(".*.tmp"), *path.glob("*/.*.tmp")]:
+        ours = _TEMPORARY.fullmatch(file.name)
+        if ours is None:
+            continue
         with contextlib.suppress(FileNotFoundError):  # its writer was alive and is done
-            dead = (not _is_running(int(pid)) if host == _host()
+            dead = (not is_running(int(ours[2])) if ours[1] == _host()
                     else time.time() - file.stat().st_mtime > _STALE_SECONDS)
             if dead:
                 file.unlink()
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # someone else's process
+    except OSError:  # someone else's process
         return True
     return True
 

@@ -1,4 +1,4 @@
-"""The teacher-logit store: a folder of immutable shards of targets beside one manifest.
+"""The teacher-logit store: a folder or bucket of immutable shards of targets beside one manifest.
 
 A store holds passes; position q of pass p stands for one image and one view seed. Both are a
 formula of the data seed (data/order.py), and every block carries a digest of them, which is held
@@ -9,137 +9,166 @@ block holds them too (`Manifest.keys`). On disk:
     pass-00000/shard-00000.array_record blocks of `block_views` views, one ArrayRecord record each
     pass-00000/shard-00000.json         its views, blocks, bytes and CRC32
 
-A shard is written under a temporary name, synced and renamed, sidecar first: it is there whole or
-not at all, and is the unit of resume. A file of ArrayRecord is a multiple of 64 KiB, up to 128 KiB
-more than its records; at 10 classes a view, shards of 65,536 views keep that below 2 bytes a view.
+A shard appears whole or not at all, sidecar first, and is the unit of resume: one of which either
+file is not there is missing. A file of ArrayRecord is a multiple of 64 KiB, up to 128 KiB more than
+its records; at 10 classes a view, shards of 65,536 views keep that below 2 bytes a view.
 """
 
 import contextlib
 import dataclasses
 import json
-import math
-import os
+import logging
+import re
 import threading
-import zlib
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvit_jax.store import blocks, codec, files
+from tinyvit_jax.store import blocks, files, shards
+from tinyvit_jax.store import keys as view_keys
 from tinyvit_jax.store.blocks import Block, Keys, Reader, Targets
 from tinyvit_jax.store.manifest import (
     CAPTURE,
+    REPAIR,
     Manifest,
     StoreError,
     compare,
+    create_manifest,
     flatten,
     read_manifest,
     write_manifest,
 )
+from tinyvit_jax.store.place import Folder, Place, open_place
+from tinyvit_jax.store.shards import Shard, count_blocks, make_sidecar
 
-# A block is a chunk of its own. Below level 16 all byte planes of a block share one Huffman code,
-# which costs 6 to 8 % of the bytes.
-_WRITER = "group_size:1,zstd:19"
-_CACHED_BLOCKS = 64
+_SHARD_FILE = re.compile(r"pass-\d{5}/shard-\d{5}\.array_record")
+_CACHED_BLOCKS = 32
 _OPEN_READERS = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Positions [start, stop) of one pass: one file."""
+logger = logging.getLogger("tinyvit_jax")
+_MINUTE = 60.0  # between two lines of a long check
 
-    pass_number: int
-    number: int
-    start: int
-    stop: int
+
+class Problem(NamedTuple):
+    """Damage that `Store.verify` found; as a string, the line to print."""
+
+    shard: Shard
+    block: int | None  # None where the block cannot be told
+    what: str
 
     def __str__(self) -> str:
-        return f"pass {self.pass_number}, shard {self.number}"
-
-    @property
-    def name(self) -> str:
-        """Path within the store, without suffix."""
-        return f"pass-{self.pass_number:05d}/shard-{self.number:05d}"
+        block = "" if self.block is None else f", block {self.block}"
+        return f"{self.shard}{block}: {self.what}"
 
 
-def create_store(path: str | Path, manifest: Manifest) -> "Store":
+def create_store(path: str | Path | Place, manifest: Manifest) -> "Store":
     """Makes a store, or opens the same one again; removes what dead writers left.
 
+    Of several processes that make different stores at once in one place, one succeeds.
+
     Args:
-        path: folder, made where there is none.
+        path: a folder, made where there is none, a gs:// or s3:// URL, or a place.
         manifest: of the store; more passes than an existing store has extend it.
 
     Raises:
-        StoreError: the folder holds another store; names every field that differs.
+        StoreError: another store is there; names every field that differs.
     """
-    path = Path(path)
+    place = _to_place(path)
     manifest.check()
-    if (path / "manifest.json").exists():
-        _extend(path, manifest)
-    elif any(path.glob("pass-*/shard-*.array_record")):
-        raise StoreError(f"{path} holds shards without a manifest.json: nobody can say what they "
-                         f"are. Remove the folder or name another, then run {manifest.command}")
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        write_manifest(path, manifest)
-    files.remove_leftovers(path)
-    return Store(path, manifest)
+    names = place.names()
+    if "manifest.json" not in names and any(map(_SHARD_FILE.fullmatch, names)):
+        raise StoreError(f"{place.url} holds shards without a manifest.json: nobody can say what "
+                         f"they are. Name another folder, or remove its folders pass-*, then run "
+                         f"{manifest.command}")
+    if "manifest.json" in names or not create_manifest(place, manifest):
+        manifest = _extend(place, manifest)
+    store = Store(place, manifest)
+    store.remove_leftovers()
+    return store
 
 
-def _extend(path: Path, manifest: Manifest) -> None:
-    """Raises StoreError unless the store is this one, up to passes that are added to it."""
-    wanted, found = manifest.to_dict(), read_manifest(path).to_dict()
-    grows = wanted["passes"] > found["passes"]
-    compare(path, flatten(wanted), flatten(found | ({"passes": wanted["passes"]} if grows else {})),
-            f"To keep both, name another folder by --config.store.path and run "
+def _extend(place: Place, manifest: Manifest) -> Manifest:
+    """The manifest that is there, with the passes that `manifest` adds to it.
+
+    Raises:
+        StoreError: it is of another store.
+    """
+    there = read_manifest(place)
+    grown = dataclasses.replace(there, passes=max(there.passes, manifest.passes))
+    compare(place.url, wanted=flatten(manifest.to_dict()), found=flatten(grown.to_dict()),
+            remedy=f"To keep both, name another folder by --config.store.path and run "
             f"{manifest.command}; to use this one, set the config back to its values.")
-    if grows:
-        write_manifest(path, manifest)
+    if grown.passes > there.passes:
+        write_manifest(place, grown)
+    return grown
 
 
-def open_store(path: str | Path) -> "Store":
-    """Opens an existing store.
+def open_store(path: str | Path | Place) -> "Store":
+    """Opens an existing store; reads its manifest and nothing else.
+
+    Args:
+        path: a folder, a gs:// or s3:// URL, or a place.
 
     Raises:
         StoreError: no store is there, or its manifest is broken or of a newer format.
     """
-    path = Path(path)
-    return Store(path, read_manifest(path))
+    place = _to_place(path)
+    return Store(place, read_manifest(place))
+
+
+def _to_place(path: str | Path | Place) -> Place:
+    return open_place(path) if isinstance(path, str | Path) else path
 
 
 class Store:
     """Reads and writes the shards of one store; from any thread, and picklable.
 
     Args:
-        path: folder.
-        manifest: as it stands in the folder; `create_store` and `open_store` see to that.
+        place: where its files are.
+        manifest: as it stands there; `create_store` and `open_store` see to that.
+
+    Attributes:
+        path: of the place, for messages: of a folder the Path, else the URL.
     """
 
-    def __init__(self, path: Path, manifest: Manifest):
-        self.path, self.manifest = path, manifest
+    def __init__(self, place: Place, manifest: Manifest):
+        self.place, self.manifest = place, manifest
+        self.path: str | Path = place.path if isinstance(place, Folder) else place.url
         self._lock = threading.Lock()
         self._readers: OrderedDict[Shard, Reader] = OrderedDict()
         self._blocks: OrderedDict[tuple[Shard, int], Block] = OrderedDict()
 
     def __reduce__(self):
-        return Store, (self.path, self.manifest)
+        return Store, (self.place, self.manifest)
+
+    def shard(self, pass_number: int, number: int) -> Shard:
+        """Shard `number` of a pass."""
+        m = self.manifest
+        start = number * m.shard_views
+        return Shard(pass_number, number, start, min(start + m.shard_views, m.views_per_pass))
 
     def shards(self) -> list[Shard]:
         """Every shard that the complete store has, in the order of training."""
-        m = self.manifest
-        cuts = range(0, m.views_per_pass, m.shard_views)
-        return [Shard(p, i, start, min(start + m.shard_views, m.views_per_pass))
-                for p in range(m.passes) for i, start in enumerate(cuts)]
+        return [self.shard(p, i) for p in range(self.manifest.passes)
+                for i in range(self._shards_per_pass())]
 
     def missing(self) -> list[Shard]:
-        """The shards that are not there yet, by listing the folders."""
-        names = {f"{folder.name}/{entry}" for folder in self.path.glob("pass-*")
-                 for entry in os.listdir(folder)}
-        return [s for s in self.shards()
-                if not {f"{s.name}.array_record", f"{s.name}.json"} <= names]
+        """The shards that are not there yet, by one listing."""
+        names = self.place.names()
+        # The parts of `Shard.name`, once each: a store may have 78,030 shards, all of them there.
+        parts = [(i, f"shard-{i:05d}.array_record", f"shard-{i:05d}.json")
+                 for i in range(self._shards_per_pass())]
+        return [self.shard(p, i) for p in range(self.manifest.passes)
+                for folder in [f"pass-{p:05d}/"] for i, file, sidecar in parts
+                if folder + file not in names or folder + sidecar not in names]
+
+    def _shards_per_pass(self) -> int:
+        return -(-self.manifest.views_per_pass // self.manifest.shard_views)
 
     def check(self, expected: dict[str, Any]) -> None:
         """Holds the manifest against what a run expects.
@@ -158,48 +187,30 @@ class Store:
                  "Set the config to the store's values, or name another folder by "
                  f"--config.store.path and make it with: {self.manifest.command}")
 
-    def write_shard(self, shard: Shard, contents: Iterable[tuple[Keys, np.ndarray, np.ndarray]]
-                    ) -> None:
+    def write_shard(self, shard: Shard, contents: Iterable[tuple[Keys, np.ndarray, np.ndarray]],
+                    still_mine: Callable[[], bool] | None = None) -> bool:
         """Writes a shard, whole or not at all.
 
         Args:
             shard: one of `shards()`; replaced where it exists.
             contents: ((image index int64 [n], view seed uint32 [n]), index int32 [n, K], prob
                 float32 [n, K]) for each block in order; n = block_views, fewer in the last alone.
+            still_mine: asked once the shard is whole and before it appears; after a False nothing
+                of it stays.
+
+        Returns:
+            Whether it was written: False where `still_mine` said so.
 
         Raises:
             StoreError: the blocks do not make up the shard, or the disk is full.
             ValueError: targets or keys that are none (`blocks.pack`).
         """
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        target = self.path / f"{shard.name}.array_record"
-        target.parent.mkdir(exist_ok=True)
-        temporary = files.temporary_path(target)
-        try:
-            with contextlib.closing(ArrayRecordWriter(str(temporary), _WRITER)) as writer:
-                for record in self._records(shard, contents):
-                    writer.write(record)
-            files.sync(temporary)
-            data = temporary.read_bytes()
-            facts = {"views": shard.stop - shard.start, "blocks": self._block_count(shard),
-                     "bytes": len(data), "crc32": zlib.crc32(data)}
-            files.write_text(target.with_suffix(".json"), json.dumps(facts))
-            os.replace(temporary, target)
-            files.sync(target.parent)
-        except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors
-            if files.is_full(error):
-                raise StoreError(
-                    f"No space left on the disk of {self.path} while writing {shard}; what was "
-                    f"written of it is removed. Free some, then run again: "
-                    f"{self.manifest.command} (shards that are complete are kept).") from error
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
+        written = shards.write_shard(self.place, self.manifest, shard, contents, still_mine)
         with self._lock:  # a shard that was replaced must not be read from the old file
             self._readers.pop(shard, None)
             for key in [key for key in self._blocks if key[0] == shard]:
                 del self._blocks[key]
+        return written
 
     def read(self, pass_number: int, start: int, stop: int, keys: Keys | None = None) -> Targets:
         """Reads the targets of positions [start, stop) of a pass.
@@ -225,7 +236,7 @@ class Store:
             if keys is not None:
                 rows = slice(first + a - start, first + b - start)
                 if not _holds(block, a, b, (keys[0][rows], keys[1][rows])):
-                    raise self._other_views(*self._place(pass_number, first))
+                    raise self._other_views(*self._find(pass_number, first))
             parts.append((block.index[a:b], block.prob[a:b]))
         return np.concatenate([i for i, _ in parts]), np.concatenate([p for _, p in parts])
 
@@ -251,49 +262,47 @@ class Store:
 
     def bytes_per_view(self) -> float:
         """Bytes on disk for each view of the shards that are there, sidecars included."""
+        sizes = self.place.list()
         views = size = 0
-        absent = set(self.missing())
         for shard in self.shards():
-            if shard not in absent:
+            parts = [sizes.get(shard.name + suffix) for suffix in (".array_record", ".json")]
+            if None not in parts:
                 views += shard.stop - shard.start
-                size += sum((self.path / (shard.name + suffix)).stat().st_size
-                            for suffix in (".array_record", ".json"))
+                size += sum(part or 0 for part in parts)
         if not views:
             raise StoreError(f"The store {self.path} has no shard yet. Make it with: "
                              f"{self.manifest.command}")
         return size / views
 
-    def verify(self) -> list[str]:
-        """Reads every byte of every shard that is there.
+    def remove_leftovers(self) -> None:
+        """Removes what dead writers of this machine left in a folder; a bucket keeps no such."""
+        if isinstance(self.place, Folder):
+            files.remove_leftovers(self.place.path)
+
+    def verify(self, keys: Callable[[int, int, int], Keys] | None = None,
+               shards: Sequence[Shard] = ()) -> list[Problem]:
+        """Reads every byte of every shard that is there; says how far it is once a minute.
+
+        Args:
+            keys: (pass, start, stop) -> the keys that those positions should have; without it,
+                whole and sound shards of another store are not told from this store's own.
+            shards: to read; none = all.
 
         Returns:
-            What is wrong, a line each, shard and block named; empty for a sound store. A missing
-            shard is no damage: see `missing`.
+            What is wrong; empty for a sound store. A missing shard is no damage, see `missing`;
+            one that lacks its sidecar alone is, as sidecars are written first.
         """
-        absent = set(self.missing())
-        return [problem for shard in self.shards() if shard not in absent
-                for problem in self._problems(shard)]
-
-    def _block_count(self, shard: Shard) -> int:
-        return -(-(shard.stop - shard.start) // self.manifest.block_views)
-
-    def _records(self, shard: Shard, contents: Iterable) -> Iterator[bytes]:
-        """The records of a shard's blocks, counted and measured."""
-        m = self.manifest
-        first = shard.start
-        for keys, index, prob in contents:
-            views = min(m.block_views, shard.stop - first)
-            lengths = {len(keys[0]), len(keys[1]), len(index), len(prob)}
-            if views <= 0 or lengths != {views} or np.shape(index) != (views, m.top_k):
-                raise StoreError(
-                    f"{shard}: the block at position {first} should have {max(views, 0)} views of "
-                    f"top_k={m.top_k}, found {len(keys[0])} images, {len(keys[1])} seeds and "
-                    f"classes {list(np.shape(index))}. Nothing was written.")
-            yield blocks.pack(keys, index, prob, m)
-            first += views
-        if first != shard.stop:
-            raise StoreError(f"{shard}: the blocks end at position {first} of "
-                             f"[{shard.start}, {shard.stop}). Nothing was written.")
+        names = self.place.names()
+        there = [s for s in shards or self.shards() if f"{s.name}.array_record" in names]
+        problems: list[Problem] = []
+        spoke = time.monotonic()
+        for number, shard in enumerate(there):
+            problems += self._problems(shard, keys)
+            if time.monotonic() - spoke > _MINUTE:
+                spoke = time.monotonic()
+                logger.info("verify %s: %d of %d shards, %d problems", self.path, number + 1,
+                            len(there), len(problems))
+        return problems
 
     def _pieces(self, pass_number: int, start: int, stop: int
                 ) -> Iterator[tuple[int, Block, int, int]]:
@@ -308,17 +317,14 @@ class Store:
             block = self._block(pass_number, first)
             yield first, block, max(start - first, 0), min(stop - first, len(block.prob))
 
-    def _place(self, pass_number: int, first: int) -> tuple[Shard, int]:
+    def _find(self, pass_number: int, first: int) -> tuple[Shard, int]:
         """The shard and the number in it of the block at position `first`."""
-        m = self.manifest
-        number, offset = divmod(first, m.shard_views)
-        start = first - offset
-        shard = Shard(pass_number, number, start, min(start + m.shard_views, m.views_per_pass))
-        return shard, offset // m.block_views
+        number, offset = divmod(first, self.manifest.shard_views)
+        return self.shard(pass_number, number), offset // self.manifest.block_views
 
     def _block(self, pass_number: int, first: int) -> Block:
         """The block at position `first`, from the cache or from disk."""
-        key = self._place(pass_number, first)
+        key = self._find(pass_number, first)
         with self._lock:
             block = self._blocks.get(key)
             if block is not None:
@@ -334,17 +340,27 @@ class Store:
         with self._lock:
             reader = self._readers.get(shard)
             if reader is None:
-                try:
-                    reader = Reader(self.path / f"{shard.name}.array_record")
-                except FileNotFoundError:
-                    raise StoreError(
-                        f"{shard} (positions {shard.start} to {shard.stop}) of the store "
-                        f"{self.path} is missing. Make it with: {self.manifest.command}"
-                    ) from None
-                if reader.count != self._block_count(shard):
-                    raise self._damaged(shard, f"holds {reader.count} blocks, expected "
-                                               f"{self._block_count(shard)}")
+                reader = self._open(shard)
             _put(self._readers, shard, reader, _OPEN_READERS)
+        return reader
+
+    def _open(self, shard: Shard) -> Reader:
+        """Opens a shard whose sidecar and file agree on its blocks."""
+        try:
+            facts = json.loads(self.place.read(f"{shard.name}.json"))
+            reader = Reader(self.place.fetch(f"{shard.name}.array_record"))
+        except FileNotFoundError:
+            raise StoreError(
+                f"{shard} (positions {shard.start} to {shard.stop}) of the store {self.path} is "
+                f"missing. Make it with: {self.manifest.command}") from None
+        except ValueError as error:
+            raise self._damaged(shard, f"its sidecar is no JSON ({error})") from error
+        wanted = {"views": shard.stop - shard.start, "blocks": count_blocks(shard, self.manifest)}
+        found = {key: facts.get(key) if isinstance(facts, dict) else None for key in wanted}
+        if found != wanted:
+            raise self._damaged(shard, f"its sidecar says {found}, expected {wanted}")
+        if reader.count != wanted["blocks"]:
+            raise self._damaged(shard, f"holds {reader.count} blocks, expected {wanted['blocks']}")
         return reader
 
     def _load(self, reader: Reader, shard: Shard, number: int) -> Block:
@@ -371,65 +387,46 @@ class Store:
             f"or capture a new store with: {CAPTURE}")
 
     def _damaged(self, shard: Shard, what: str) -> StoreError:
-        return StoreError(f"{shard} of the store {self.path} is damaged: {what}. Remove "
-                          f"{self.path / shard.name}.array_record and run "
-                          f"{self.manifest.command}, which writes that shard again.")
+        m = self.manifest
+        mend = f"Mend it with: {REPAIR}" if not m.origin else (
+            f"Remove {self.path}/{shard.name}.array_record and run {m.command}, which writes that "
+            f"shard again.")
+        return StoreError(f"{shard} of the store {self.path} is damaged: {what}. {mend}")
 
-    def _problems(self, shard: Shard) -> Iterator[str]:
+    def _problems(self, shard: Shard, keys: Callable | None) -> Iterator[Problem]:
         """What is wrong with one shard."""
-        file = self.path / f"{shard.name}.array_record"
-        expected = {"views": shard.stop - shard.start, "blocks": self._block_count(shard)}
         try:
-            data = file.read_bytes()
-            expected |= {"bytes": len(data), "crc32": zlib.crc32(data)}
-            facts = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            yield f"{shard}: cannot be read ({error})"
-            return
-        if facts != expected:
-            yield f"{shard}: its sidecar says {facts}, its file has {expected}"
-        try:
+            file = self.place.fetch(f"{shard.name}.array_record")
+            expected, sidecar = make_sidecar(shard, file.read_bytes(), self.manifest), b"none"
+            with contextlib.suppress(FileNotFoundError):
+                sidecar = self.place.read(f"{shard.name}.json")
             reader = Reader(file)
-        except (OSError, RuntimeError) as error:
-            yield f"{shard}: is no ArrayRecord file ({error})"
+        except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors
+            yield Problem(shard, None, f"cannot be read ({error})")
             return
-        if reader.count != expected["blocks"]:
-            yield f"{shard}: {reader.count} blocks, expected {expected['blocks']}"
+        if sidecar != expected:
+            yield Problem(shard, None, f"its sidecar is {sidecar.decode(errors='replace')}, its "
+                                       f"file needs {expected.decode()}")
+        if reader.count != count_blocks(shard, self.manifest):
+            yield Problem(shard, None, f"{reader.count} blocks, expected "
+                                       f"{count_blocks(shard, self.manifest)}")
             return
         for number in range(reader.count):
+            start = shard.start + number * self.manifest.block_views
             try:
-                self._load(reader, shard, number)
+                block = self._load(reader, shard, number)
             except StoreError as error:
-                yield f"{shard}, block {number}: {error.__cause__ or error}"
-
-
-def estimate(views: int, top_k: int, num_classes: int, *, shard_views: int = 16384,
-             mode: str = "compact", key_bytes: int = 0) -> int:
-    """Bytes that a store will need at most, before it is captured.
-
-    A set of K out of C classes is at most about K log2(eC / K) bits; the values are 6 to 7 bits
-    each in compact mode and 12 to 15 in float16, as measured on peaked and on flat teachers.
-
-    Args:
-        views: in all passes.
-        top_k: K.
-        num_classes: C.
-        shard_views: views in a shard; each file may end in 128 KiB of padding and index.
-        mode: of the codec.
-        key_bytes: of a view, where the store keeps them (`blocks.key_bytes`).
-    """
-    class_bits = math.log2(math.e * num_classes / top_k) if top_k < num_classes else 0.0
-    value_bits = {"compact": 7.5, "float16": 16.0}[mode]
-    shards = -(-views // shard_views)
-    view = top_k * (class_bits + value_bits) / 8 + 4 + key_bytes
-    return math.ceil(views * view) + shards * (128 * 1024)
-
+                yield Problem(shard, number, str(error.__cause__ or error))
+                continue
+            stop = start + len(block.prob)
+            if keys and not _holds(block, 0, stop - start, keys(shard.pass_number, start, stop)):
+                yield Problem(shard, number, "holds the targets of other views")
 
 def _holds(block: Block, a: int, b: int, keys: Keys) -> bool:
     """Whether rows [a, b) of a block are the views that `keys` name."""
     if b - a == len(block.prob):
-        return codec.digest(*keys) == block.digest
-    return bool((codec.key_bits(*keys) == block.bits[a:b]).all())
+        return view_keys.digest(*keys) == block.digest
+    return bool((view_keys.key_bits(*keys) == block.bits[a:b]).all())
 
 
 def _put(cache: OrderedDict, key: Any, value: Any, limit: int) -> None:
