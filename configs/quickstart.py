@@ -30,7 +30,7 @@ def get_config():
     c.objective.name = "stored_logits"
     c.store.passes = 5
     c.store.top_k = 10
-    c.store.shard_views = 10240
+    c.store.shard_views = 12288
     c.store.capture = True
 
     c.train.batch_size = 100

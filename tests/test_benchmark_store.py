@@ -14,7 +14,7 @@ from reference import bench_report, bench_store, original_logits, synthetic_teac
 from tinyvit_jax.store import codec
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("--views=2048", "--top_k=5", "--classes=300", "--seconds=0.01", "--images=40000",
+FLAGS = ("--views=8192", "--top_k=5", "--classes=300", "--seconds=0.01", "--images=40000",
          "--passes=3", "--keys=2000")
 
 
@@ -39,7 +39,7 @@ def test_the_run_is_whole(done, result):
     assert (out / "store.md").read_text() + "\n" == run.stdout
     assert "reads them" in run.stderr
     assert "reads them" not in run.stdout
-    assert result["settings"] == {"views": 2048, "top_k": 5, "classes": 300, "seconds": 0.01,
+    assert result["settings"] == {"views": 8192, "top_k": 5, "classes": 300, "seconds": 0.01,
                                   "images": 40000, "passes": 3, "keys": 2000}
     assert set(result["machine"]["versions"]) == {"python", "numpy", "array_record", "zstandard"}
     for row in result["read"] + result["write"]:
@@ -61,8 +61,8 @@ def test_bytes_and_errors_are_those_of_the_format(result):
         if row["what"] == "store, compact":
             assert row["kl_infinite"] == 0
             assert 0 < row["kl"] < 1e-4
-        if row["what"] == "original":  # 2,048 numbers as keys, a line each
-            keys = np.mean([len(str(i)) + 1 for i in range(2048)])
+        if row["what"] == "original":  # 8,192 numbers as keys, a line each
+            keys = np.mean([len(str(i)) + 1 for i in range(8192)])
             assert row["bytes"] == pytest.approx(4 + 4 * row["top_k"] + keys)
     both = {row["what"]: row for row in result["bytes"]
             if (row["teacher"], row["top_k"]) == ("peaked", 5)}
@@ -93,15 +93,15 @@ def test_tables_are_markdown(done):
 
 def test_both_sides_read_the_views_that_were_written(tmp_path):
     teacher = synthetic_teachers.make_teacher("flat", 512, 300, 5)
-    keys = np.arange(3072), np.arange(3072).astype(np.uint32)
+    keys = np.arange(12288), np.arange(12288).astype(np.uint32)
     names = bench_store.image_names(keys[0], 300)
     stores = {mode: bench_store.make_store(tmp_path / mode, teacher, views, mode)
-              for mode, views in (("compact", 3072), ("float16", 1024))}
+              for mode, views in (("compact", 12288), ("float16", 4096))}
     rows = bench_store.race_writers(stores, tmp_path, teacher, keys, names, set())
     assert [row["rounds"] for row in rows] == [1, 1, 1]
     views = original_logits.Views(tmp_path / "original", names, 5)
-    ours = stores["compact"].read(0, 0, 3072, keys)
-    for i in range(3072):
+    ours = stores["compact"].read(0, 0, 12288, keys)
+    for i in range(12288):
         _, index, prob = views.read(i)
         np.testing.assert_array_equal(index, teacher.index[i % 512])
         assert set(ours[0][i]) == set(index)
@@ -152,7 +152,7 @@ def test_names_are_unique_and_like_the_originals():
 
 
 @pytest.mark.parametrize(("flag", "message"), [
-    ("--views=100", "--views=100: expected 1024 or more"),
+    ("--views=100", "--views=100: expected 4096 or more"),
     ("--top_k=30", "--top_k=30: expected less than --classes=30"),
     ("--passes=0", "--passes=0: expected 1 or more"),
 ])

@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from tinyvit_jax.store import manifest as manifests
-from tinyvit_jax.store.manifest import Manifest, StoreError, read_manifest, write_manifest
+from tinyvit_jax.store.manifest import (
+    Manifest,
+    StoreError,
+    choose_block_views,
+    read_manifest,
+    write_manifest,
+)
 from tinyvit_jax.store.place import Folder
 
 FIELDS: dict[str, Any] = {
@@ -240,3 +246,9 @@ def test_versions_inform_and_hashes_decide():
         compare(own, make_manifest(replay=theirs))
     with pytest.raises(StoreError, match=r"same versions here as there.*image file was changed"):
         compare(own, make_manifest(replay={**theirs, "versions": own.replay["versions"]}))
+
+
+@pytest.mark.parametrize(("top_k", "views"), [(1, 4096), (10, 4096), (20, 2048), (100, 512),
+                                              (1000, 256), (21841, 256)])
+def test_blocks_of_some_forty_thousand_numbers(top_k, views):
+    assert choose_block_views(top_k) == views

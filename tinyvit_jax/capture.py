@@ -24,6 +24,7 @@ from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import AnyOrder
 from tinyvit_jax.store import store as stores
 from tinyvit_jax.store.claims import Claims
+from tinyvit_jax.store.manifest import choose_block_views
 from tinyvit_jax.store.place import open_place
 from tinyvit_jax.teachers import Teacher
 from tinyvit_jax.team import Team
@@ -45,8 +46,9 @@ def make_manifest(config: ml_collections.ConfigDict, teacher: dict, source: imag
         augment=augment.to_dict(spec), image_set={
             "name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
         data_seed=order.seed, passes=s.passes, views_per_pass=order.views_per_pass,
-        shard_views=s.shard_views, block_views=s.block_views, codec=s.codec,
-        temperature=s.temperature, tail=s.tail, replay=matching.make_replay(source, spec, order))
+        shard_views=s.shard_views, block_views=s.block_views or choose_block_views(s.top_k),
+        codec=s.codec, temperature=s.temperature, tail=s.tail,
+        replay=matching.make_replay(source, spec, order))
 
 
 def open_claims(config: ml_collections.ConfigDict, store: stores.Store) -> Claims:

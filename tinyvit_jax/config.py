@@ -83,7 +83,8 @@ def default() -> ml_collections.ConfigDict:
     s.cache = ""  # local folder for shards of a gs:// or s3:// store; "" = ~/.cache/tinyvit_jax
     s.cache_gb = 0.0  # the oldest files of the cache go beyond this size; 0 = no limit
     s.shard_views = 32768  # views in a shard: the unit of resume and of parallel capture
-    s.block_views = 1024  # views in a record: the unit of reading and of checksums
+    # Views in a record: the unit of reading and of checksums; 0 = 4096 at 10 classes, 512 at 100
+    s.block_views = 0
     s.capture = False  # main captures missing passes itself; else it says which command does
 
     c.teacher = t = ml_collections.ConfigDict()
@@ -184,7 +185,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for section in ("model", "teacher"):
         one_of(f"{section}.dtype", c[section].dtype, ("float32", "bfloat16"))
     for section, key in (("train", "batch_size"), ("train", "accumulate"), ("eval", "batch_size"),
-                         ("store", "passes"), ("store", "top_k"), ("store", "block_views"),
+                         ("store", "passes"), ("store", "top_k"),
                          ("teacher", "batch_size"), ("checkpoint", "keep_last")):
         need(c[section][key] >= 1, f"{section}.{key}", c[section][key], "a whole number >= 1")
     need(c.log_every >= 1, "log_every", c.log_every, "a whole number >= 1")
@@ -214,8 +215,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     need(c.train.batch_size % views == 0, "train.batch_size", c.train.batch_size,
          f"a multiple of {views} (train.accumulate, times 2 where views are mixed in pairs)")
     need(c.store.block_views % 2 == 0, "store.block_views", c.store.block_views, "an even number")
-    need(c.store.shard_views % c.store.block_views == 0, "store.shard_views", c.store.shard_views,
-         f"a multiple of store.block_views ({c.store.block_views})")
+    need(c.store.block_views >= 0, "store.block_views", c.store.block_views, "0 or more")
+    block = c.store.block_views or 256  # the least that is chosen where it is 0
+    need(c.store.shard_views % block == 0, "store.shard_views", c.store.shard_views,
+         f"a multiple of store.block_views ({block})")
     for key in ("mixup", "cutmix"):
         need(0 <= c.augment[key] <= 4, f"augment.{key}", c.augment[key], "an alpha from 0 to 4")
     for key in ("flip", "erase", "mix_prob", "mix_switch"):

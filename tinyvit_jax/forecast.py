@@ -13,6 +13,7 @@ from tinyvit_jax import capture
 from tinyvit_jax.data import images, pipeline
 from tinyvit_jax.data.order import AnyOrder
 from tinyvit_jax.store import codec, shards
+from tinyvit_jax.store.manifest import choose_block_views
 from tinyvit_jax.store.place import Place
 from tinyvit_jax.teachers import Teacher
 
@@ -102,7 +103,8 @@ def pilot(config: ml_collections.ConfigDict, teacher: Teacher, views: pipeline.V
     most *= config.teacher.batch_size
     batch, count, read = _time_reading(config, views, most, seconds / 2)
     index, prob, teach = _time_teacher(config, teacher, batch, count, mesh, seconds / 2)
-    size, began, total = config.store.block_views, time.perf_counter(), 0
+    size = config.store.block_views or choose_block_views(config.store.top_k)
+    began, total = time.perf_counter(), 0
     for block in (slice(start, start + size) for start in range(0, len(index), size)):
         # A digest of the block and a bit for each view say whose targets they are.
         total += 8 + -(-len(index[block]) // 8) + len(codec.encode(

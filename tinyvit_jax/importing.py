@@ -33,7 +33,7 @@ from tinyvit_jax.data.finder import Find
 from tinyvit_jax.data.images import ImageSource
 from tinyvit_jax.store import blocks, microsoft, shards
 from tinyvit_jax.store import store as stores
-from tinyvit_jax.store.manifest import Manifest, StoreError
+from tinyvit_jax.store.manifest import Manifest, StoreError, choose_block_views
 from tinyvit_jax.store.microsoft import Rank
 from tinyvit_jax.store.place import Place, open_place
 
@@ -53,7 +53,7 @@ class Settings(NamedTuple):
         top_k: which K, where the folder has several.
         teacher: its name, as far as it is known; "" = unknown.
         shard_views: views in a shard.
-        block_views: views in a record.
+        block_views: views in a record; 0 = by K.
         processes: that write shards; 1 = this one.
     """
 
@@ -62,7 +62,7 @@ class Settings(NamedTuple):
     top_k: int
     teacher: str = ""
     shard_views: int = 32768
-    block_views: int = 1024
+    block_views: int = 0
     processes: int = 1
 
 
@@ -254,7 +254,7 @@ def _make_manifest(place: Place, source: ImageSource, settings: Settings, plans:
         augment=augment.to_dict(settings.spec), image_set={
             "name": source.name, "fingerprint": source.fingerprint, "images": len(source)},
         data_seed=0, passes=len(epochs), views_per_pass=views, shard_views=settings.shard_views,
-        block_views=settings.block_views, codec=CODEC, keys="stored",
+        block_views=settings.block_views or choose_block_views(top_k), codec=CODEC, keys="stored",
         origin={"format": "microsoft", "first_epoch": min(epochs)})
 
 

@@ -56,7 +56,7 @@ def _add_store(commands: argparse._SubParsersAction) -> None:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Ends with exit code 2 where a number cannot be measured."""
-    for name, lowest in {**dict.fromkeys(_DEFAULTS, 1), "views": 1024, "classes": 16,
+    for name, lowest in {**dict.fromkeys(_DEFAULTS, 1), "views": 4096, "classes": 16,
                          "seconds": 0.0}.items():
         if getattr(args, name) < lowest:
             parser.error(f"--{name}={getattr(args, name)}: expected {lowest} or more")

@@ -185,6 +185,18 @@ def _replay_faults(replay: dict, passes: int, views: int) -> Iterator[tuple[str,
         yield "replay.versions", versions, "the version of each library as a text"
 
 
+def choose_block_views(top_k: int) -> int:
+    """Views of a block where nobody says: some 40,000 numbers, a power of two from 256 to 4,096.
+
+    Fewer, and the calls that decode a block cost more than its numbers; more, and the arrays that
+    hold them leave the cache.
+    """
+    views = 256
+    while views < 4096 and 2 * views * top_k <= 51_200:
+        views *= 2
+    return views
+
+
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
     """Nested dicts to one of dotted names."""
     if not isinstance(value, dict) or not value:

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from reference.bench_store import BATCH, BLOCK, CHUNK, LOADED, SHARD, WHOLE
+from reference.bench_store import BATCH, CHUNK, LOADED, SHARD, WHOLE
 
 _READING = f"""\
 Views a second on one core: median and quartiles of turns of about {CHUNK:,} views, taken in
@@ -14,7 +14,7 @@ rotation; the ratios are of the same rounds. What a CPU second gives (median) di
 where others use the core too. Ours: `Store.read`, which checks that the views are those asked for,
 to index int32 [n, K] and prob float32 [n, K] in descending order; each turn opens its file anew and
 finds no decoded block. In training order the reading is that of the batches, one after the other.
-"Random blocks" are whole blocks of {BLOCK} views. Original: for each view its key from a list, the
+"Random blocks" are whole blocks. Original: for each view its key from a list, the
 epoch number, the key in a dict, seek and read, the seed, and copies of K int16 and K float16; in
 the order of the file, which is that of training on as many GPUs as captured. Not in it: stacking
 (but where named: to int64 and float32, batches of {BATCH}), the random context, the dense target.

@@ -22,12 +22,12 @@ import numpy as np
 from reference import original_logits
 from reference.synthetic_teachers import KINDS, Teacher, make_teacher, measure_error
 from tinyvit_jax.data.order import Order
-from tinyvit_jax.store.manifest import Manifest
+from tinyvit_jax.store.manifest import Manifest, choose_block_views
 from tinyvit_jax.store.store import Store, create_store
 
-BLOCK, SHARD = Manifest.block_views, Manifest.shard_views  # by default
+SHARD = Manifest.shard_views  # by default
 BATCH = 128  # images of one GPU in the original's distillation on 22k
-CHUNK = 8192  # views that a reader reads in its turn
+CHUNK = SHARD  # views that a reader reads in its turn: a file
 _POOL, _SMALL_POOL = 4096, 1024  # distinct views in a race, and where only bytes are counted
 _ROUNDS = 5  # of a race, at the least
 _ORIGINAL = "original"
@@ -51,7 +51,7 @@ def measure(settings: Settings, folder: Path, say: Callable[[str], None]) -> dic
     """Writes, reads and counts.
 
     Args:
-        settings: at least BLOCK views.
+        settings: at least as many views as a block has.
         folder: for the files that are measured, about 0.5 GB at the default size.
         say: takes a line of progress.
 
@@ -66,7 +66,8 @@ def measure(settings: Settings, folder: Path, say: Callable[[str], None]) -> dic
             np.zeros(settings.views, np.int64), np.arange(settings.views))
         names = image_names(keys[0], settings.classes)
         # A quarter of the views in float16 mode: it differs from compact in the values alone.
-        some = max(settings.views // 4 // BLOCK, 1) * BLOCK
+        block = choose_block_views(settings.top_k)
+        some = max(settings.views // 4 // block, 1) * block
         stores = {"compact": make_store(folder / "compact", teacher, settings.views),
                   "float16": make_store(folder / "float16", teacher, some, "float16")}
         say(f"writes {settings.views:,} views")
@@ -114,14 +115,15 @@ def make_store(path: Path, teacher: Teacher, views: int, mode: str = "compact", 
         teacher={"name": teacher.name}, top_k=teacher.index.shape[1],
         class_names=tuple(f"n{700 * i + 4475:08d}" for i in range(teacher.classes)),
         augment={}, image_set={"name": "synthetic", "images": views}, data_seed=0, passes=passes,
-        views_per_pass=views, shard_views=shard_views, block_views=BLOCK, codec=mode))
+        views_per_pass=views, shard_views=shard_views, codec=mode,
+        block_views=choose_block_views(teacher.index.shape[1])))
 
 
 def _blocks(teacher: Teacher, keys: Keys, start: int, stop: int) -> list:
     """The contents of a shard as ready arrays."""
-    blocks = []
-    for first in range(start, stop, BLOCK):
-        rows = np.arange(first, min(first + BLOCK, stop))
+    blocks, size = [], choose_block_views(teacher.index.shape[1])
+    for first in range(start, stop, size):
+        rows = np.arange(first, min(first + size, stop))
         pool = rows % len(teacher.index)
         blocks.append(((keys[0][rows], keys[1][rows]), teacher.index[pool], teacher.prob[pool]))
     return blocks
@@ -171,8 +173,9 @@ def race_writers(stores: dict[str, Store], folder: Path, teacher: Teacher, keys:
     speeds: dict[str, list[float]] = {what: [] for what in (
         *(f"store, {mode}" for mode in stores), *originals)}
     for mode in stores:  # whatever is imported or compiled late
-        store = make_store(folder / f"first-{mode}", teacher, BLOCK, mode)
-        _write(store, store.shards()[0], _blocks(teacher, keys, 0, BLOCK))
+        size = choose_block_views(teacher.index.shape[1])
+        store = make_store(folder / f"first-{mode}", teacher, size, mode)
+        _write(store, store.shards()[0], _blocks(teacher, keys, 0, size))
     for number, longest in enumerate(stores["compact"].shards()):
         for mode, store in stores.items():
             if number < len(shards := store.shards()):
@@ -229,8 +232,8 @@ def race_readers(stores: dict[str, Store], folder: Path, settings: Settings, key
     turns: dict[str, Callable[[], int]] = {
         "store, compact, batches of 1,024": partial(_read, _chunks(compact, chunk), 1024, keys),
         "store, compact, batches of 256": partial(_read, _chunks(compact, chunk), 256, keys),
-        "store, compact, random blocks": partial(_read, _random_blocks(compact, chunk), BLOCK,
-                                                 keys),
+        "store, compact, random blocks": partial(_read, _random_blocks(compact, chunk),
+                                                 compact.manifest.block_views, keys),
         "store, float16, batches of 1,024": partial(_read, _chunks(stores["float16"], chunk), 1024,
                                                     keys),
         LOADED: partial(_read_original, views, _cycle(np.arange(len(names)), chunk)),
@@ -272,9 +275,10 @@ def _chunks(store: Store, chunk: int) -> Iterator[tuple[Store, list[tuple[int, i
 
 def _random_blocks(store: Store, chunk: int) -> Iterator[tuple[Store, list[tuple[int, int]]]]:
     """A store and the whole blocks that a turn reads of it, in a random order of all."""
-    starts = np.random.default_rng(0).permutation(store.manifest.views_per_pass // BLOCK) * BLOCK
-    ranges = [(start, start + BLOCK) for start in starts.tolist()]
-    count = chunk // BLOCK
+    size = store.manifest.block_views
+    starts = np.random.default_rng(0).permutation(store.manifest.views_per_pass // size) * size
+    ranges = [(start, start + size) for start in starts.tolist()]
+    count = max(chunk // size, 1)
     return itertools.cycle([(store, ranges[i:i + count])
                             for i in range(0, len(ranges) - count + 1, count)])
 
@@ -344,7 +348,9 @@ def _other_sizes(settings: Settings, folder: Path, say: Callable[[str], None]
     cases += [(KINDS[0], 10, 1000, SHARD), *((kind, 10, 1000, 4 * SHARD) for kind in KINDS)]
     for number, (kind, top_k, classes, shard_views) in enumerate(cases):
         say(f"counts bytes: {kind}, K = {top_k} of {classes:,}, shards of {shard_views:,}")
-        teacher = make_teacher(kind, min(_SMALL_POOL, settings.views), classes, top_k)
+        # No view comes twice in a block: it would be found, and cost next to nothing.
+        pool = max(_SMALL_POOL, choose_block_views(top_k))
+        teacher = make_teacher(kind, min(pool, settings.views), classes, top_k)
         views = min(shard_views, settings.views)
         keys = np.arange(views), np.arange(views).astype(np.uint32)
         for mode in ("compact", "float16"):
