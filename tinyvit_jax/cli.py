@@ -24,6 +24,25 @@ def define_flags() -> None:
     flags.mark_flag_as_required("config")
 
 
+def define_process_flags() -> None:
+    """Defines the flags by which several processes become one run."""
+    flags.DEFINE_bool("distributed", False,
+                      "Join the other processes that Slurm, a TPU pod or Open MPI started.")
+    flags.DEFINE_string("coordinator", None,
+                        "HOST:PORT of process 0, where no scheduler says it.")
+    flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
+    flags.DEFINE_integer("process", None, "This process's number, with --coordinator.")
+
+
+def join_processes() -> None:
+    """Joins the other processes, where the flags ask for it; before anything else uses JAX."""
+    import jax
+
+    f = flags.FLAGS
+    if f.distributed or f.coordinator:
+        jax.distributed.initialize(f.coordinator, f.processes, f.process)
+
+
 def read_flags() -> tuple[ml_collections.ConfigDict, Path]:
     """The checked config and the workdir of the command line."""
     config = flags.FLAGS.config

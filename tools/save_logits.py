@@ -19,15 +19,10 @@ from tinyvit_jax import cli
 from tinyvit_jax.log import format_seconds
 
 cli.define_flags()
+cli.define_process_flags()
 _ESTIMATE = flags.DEFINE_bool(
     "estimate", False, "Print what the capture needs, by a bound and by a few batches of the "
     "teacher, and stop; exit code 1 if it won't fit.")
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Join the other processes that Slurm, a TPU pod or Open MPI started.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where no scheduler says it.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
-_PROCESS = flags.DEFINE_integer("process", None, "This process's number, with --coordinator.")
 
 
 def main() -> None:
@@ -35,8 +30,7 @@ def main() -> None:
     config, workdir = cli.read_flags()
     import jax
 
-    if _DISTRIBUTED.value or _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    cli.join_processes()
     cli.use_compilation_cache()
     from tinyvit_jax import forecast, recipe, train
 
