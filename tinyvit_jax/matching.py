@@ -103,8 +103,9 @@ def _check_teacher(store: Store, config: ml_collections.ConfigDict, alone: bool)
                     {"teacher.name": store.manifest.teacher.get("name")},
                     f"Set --config.teacher.name to the store's (or to nothing), or name another "
                     f"folder by --config.store.path and capture it with: {store.manifest.command}")
-        log.logger.info("store %s: %s, so its hash was not compared with the store's (%s).",
-                        store.path, why, stored[:16] or "none")
+        if config.teacher.weights or not config.teacher.epochs:  # else the run taught it itself
+            log.logger.info("store %s: %s, so its hash was not compared with the store's (%s).",
+                            store.path, why, stored[:16] or "none")
         return
     compare(store.path, {"teacher.weights": teachers.hash_teacher(config.teacher)},
             {"teacher.weights": stored},
