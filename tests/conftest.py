@@ -18,6 +18,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
 @pytest.fixture(autouse=True)
-def _heard(monkeypatch):
-    """Lets caplog hear the package, though a test before may have run log.set_up_logging."""
-    monkeypatch.setattr(logging.getLogger("tinyvit_jax"), "propagate", True)
+def _heard():
+    """Lets caplog hear the package, whatever a test before did to its logger."""
+    logger = logging.getLogger("tinyvit_jax")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = True
+    yield
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
