@@ -48,3 +48,15 @@ def test_one_update(name, stage, folder, tmp_path):
     assert result["steps"] == 1
     assert result["count"] == 1
     assert result["loss"] > 0
+
+
+def test_a_preset_for_one_card_changes_nothing_but_micro_batches():
+    get_config = load("21m").get_config
+    for stage, views in (("384", 16), ("512", 8)):
+        plain, small = get_config(stage), get_config(f"{stage}_16gb")
+        assert small.train.batch_size == views * small.train.accumulate
+        small.train.accumulate = plain.train.accumulate
+        assert small.to_dict() == plain.to_dict()
+        configs.check(small)
+    with pytest.raises(configs.ConfigError, match=r"1k_16gb\. .*384_16gb, 512_16gb"):
+        get_config("1k_16gb")

@@ -28,6 +28,14 @@ def test_hash_takes_words_modulo_64_bits_and_in_order():
     assert 0 <= draws.hash64(2**70 + 5) < 2**64
 
 
+def test_unit_is_the_upper_bits_of_the_hash():
+    for seed in (0, 1, 2**32 - 1, 2**64 - 1, 2**64 + 3, -7):
+        for slot in (0, 1, 305, 10_100):
+            expected = (draws.hash64(seed, slot) >> 11) / 2**53
+            assert draws.unit(seed, slot) == expected
+            assert draws.unit(seed, slot) == expected  # again, from what was kept
+
+
 def test_unit_is_uniform_over_seeds_and_over_slots():
     for values in ([draws.unit(seed, 3) for seed in range(20_000)],
                    [draws.unit(3, slot) for slot in range(20_000)]):

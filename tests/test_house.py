@@ -11,7 +11,8 @@ PACKAGE = ROOT / "tinyvit_jax"
 NUMPY = {"numpy"}
 JAX = {"jax", "numpy"}
 GROUND = {"batch"}
-HOST = {"data.draws", "data.order", "data.ops", "data.rand_augment", "data.spec",
+HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.color", "data.warp",
+        "data.rand_augment", "data.spec",
         "data.microsoft", "data.augment", "data.source", "data.folder",
         "data.pack", "data.tfds", "data.images", "data.finder", "data.labels",
         "store.codec", "store.codec_v1", "store.levels", "store.sections", "store.keys",
@@ -26,29 +27,35 @@ WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "con
            "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
                     "config", "matching", "forecast"}
+LOOP = {"memory", "meter", "packing", "program", "resume"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
     "__init__": ({"models", "weights"}, set()),
     "batch": (set(), NUMPY),
+    "cores": (set(), set()),
     "config": (set(), {"ml_collections"}),
     "stages": ({"config"}, {"ml_collections"}),
     "log": (set(), {"tqdm"}),
     "plots": ({"log"}, NUMPY | {"matplotlib"}),
-    "cli": ({"config", "log"}, {"absl", "ml_collections", "jax"}),
+    "compile_cache": (set(), set()),
+    "cli": ({"compile_cache", "config", "log"}, {"absl", "ml_collections", "jax"}),
     "data.draws": (set(), NUMPY),
     "data.order": ({"data.draws", "store.manifest", "store.store"}, NUMPY),
-    "data.ops": (set(), NUMPY | {"cv2"}),
+    "data.jpeg": (set(), NUMPY | {"simplejpeg"}),
+    "data.ops": ({"data.jpeg"}, NUMPY | {"cv2"}),
+    "data.color": ({"data.ops"}, NUMPY | {"cv2"}),
+    "data.warp": ({"data.ops"}, NUMPY | {"cv2"}),
     "data.spec": ({"data.rand_augment"}, set()),
     "data.augment": ({"data.draws", "data.ops", "data.rand_augment", "data.microsoft",
                       "data.spec"}, NUMPY),
-    "data.rand_augment": ({"data.draws", "data.ops"}, NUMPY),
+    "data.rand_augment": ({"data.draws", "data.ops", "data.color", "data.warp"}, NUMPY),
     "data.microsoft": ({"data.ops", "data.rand_augment", "data.spec"}, NUMPY | {"PIL"}),
     "data.source": ({"data.draws"}, NUMPY),
     "data.finder": ({"data.source"}, NUMPY),
     "data.labels": ({"data.source"}, NUMPY),
     "data.folder": ({"data.source"}, NUMPY),
-    "data.pack": ({"data.source", "data.ops"}, NUMPY | {"array_record"}),
+    "data.pack": ({"cores", "data.source", "data.ops"}, NUMPY | {"array_record"}),
     "data.tfds": ({"data.source"}, NUMPY | {"tensorflow_datasets"}),
     "data.images": ({"data.source", "data.folder", "data.pack", "data.tfds"}, set()),
     "data.pipeline": (GROUND | HOST, NUMPY | {"grain", "absl"}),
@@ -104,13 +111,20 @@ FLOORS = {
     "forecast": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "capture": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "matching": (MIDDLE | HOST | {"data.pipeline"}, NUMPY | {"ml_collections"}),
-    "train": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"optax", "ml_collections"}),
+    "memory": ({"config"}, JAX | {"ml_collections"}),
+    "meter": ({"log"}, {"jax"}),
+    "packing": (set(), JAX),
+    "program": ({"log", "memory"}, {"jax"}),
+    "resume": ({"log"}, {"jax", "ml_collections"}),
+    "train": (MIDDLE | LOOP | DEVICE | HOST | {"data.pipeline"},
+              JAX | {"optax", "ml_collections"}),
     "recipe": (MIDDLE | DEVICE | HOST | {"data.pipeline", "train"}, JAX | {"ml_collections"}),
     "benchmark": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
     "main": ({"cli", "recipe", "benchmark"}, {"absl", "jax"}),
 }
 ONE_PLACE = {"grain": "data.pipeline", "orbax": "checkpoint", "matplotlib": "plots",
-             "cv2": "data.ops", "tensorflow_datasets": "data.tfds", "optax": ("optim", "train"),
+             "cv2": ("data.ops", "data.color", "data.warp"), "simplejpeg": "data.jpeg",
+             "tensorflow_datasets": "data.tfds", "optax": ("optim", "train"),
              "PIL": "data.microsoft", "zstandard": "store.sections", "fsspec": "store.remote"}
 
 

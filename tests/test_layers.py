@@ -61,11 +61,43 @@ def test_shifted_depthwise_conv_keeps_bfloat16_close():
         np.testing.assert_allclose(np.float32(ours), plain, atol=0.03 * np.abs(plain).max())
 
 
-@pytest.mark.parametrize(("backend", "form"), [("cpu", "shifted"), ("tpu", "reference")])
-def test_depthwise_form_follows_backend(monkeypatch, backend, form):
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2), (5, 1)])
+@pytest.mark.parametrize("sides", [(8, 8), (7, 5), (1, 2)])
+def test_conv_by_patches_equals_conv(sides, size, stride):
+    x, kernel = normal(2, *sides, 3), normal(size, size, 3, 4, seed=1, scale=0.2)
+    cotangent = normal(2, *(-(-side // stride) for side in sides), 4, seed=2)
+
+    def run(conv):
+        out, pull = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
+        return out, *pull(cotangent)
+
+    ours = jax.jit(functools.partial(run, layers.conv_by_patches))()
+    plain = jax.jit(functools.partial(run, layers.conv_reference))()
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=ATOL)
+
+
+def test_conv_by_patches_keeps_bfloat16_close():
+    x, kernel = normal(2, 8, 8, 3), normal(3, 3, 3, 4, seed=1)
+    cotangent = normal(2, 4, 4, 4, seed=2)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, kernel, cotangent)]
+    _, pull = jax.vjp(lambda x, k: layers.conv_by_patches(x, k, 2), *half[:2])
+    _, pull_reference = jax.vjp(lambda x, k: layers.conv_reference(x, k, 2), x, kernel)
+    for ours, plain in zip(pull(half[2]), pull_reference(cotangent), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(ours), plain, atol=0.03 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize(("backend", "depthwise", "dense"), [
+    ("cpu", "depthwise_conv_shifted", "conv_by_patches"),
+    ("gpu", "depthwise_conv_reference", "conv_reference"),
+    ("tpu", "depthwise_conv_reference", "conv_reference")])
+def test_form_of_a_convolution_follows_backend(monkeypatch, backend, depthwise, dense):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(layers, f"depthwise_conv_{form}", lambda x, kernel, stride: "chosen")
-    assert layers.depthwise_conv(None, None, 1) == "chosen"
+    for form in (depthwise, dense):
+        monkeypatch.setattr(layers, form, lambda x, kernel, stride, form=form: form)
+    assert layers.depthwise_conv(None, None, 1) == depthwise
+    assert layers.conv(None, None, 1) == dense
 
 
 def test_project_is_the_same_on_every_backend(monkeypatch):
@@ -81,6 +113,19 @@ def test_gelu_is_exact():
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     exact = [v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]
     np.testing.assert_allclose(layers.gelu(jnp.asarray(x)), exact, atol=1e-6)
+
+
+def test_gelu_keeps_one_map_for_the_gradient_on_cpu(monkeypatch):
+    x = normal(3, 5)
+
+    def count_kept_maps():
+        return sum(np.size(a) == x.size for a in jax.tree.leaves(jax.vjp(layers.gelu, x)[1]))
+
+    grad = jax.vmap(jax.vmap(jax.grad(layers.gelu)))
+    kept, recomputed = count_kept_maps(), grad(x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert kept == 1 < count_kept_maps()
+    np.testing.assert_allclose(recomputed, jax.jit(grad)(x), atol=1e-6)
 
 
 def test_bias_index_is_the_absolute_offset():

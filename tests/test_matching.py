@@ -130,6 +130,7 @@ DECISIONS = {
     "replay.versions.opencv": ("1.0", "same: they say why pixels differ, not whether"),
     "replay.versions.pillow": ("1.0", "same: they say why pixels differ, not whether"),
     "replay.versions.numpy": ("1.0", "same: they say why pixels differ, not whether"),
+    "replay.versions.simplejpeg": ("1.0", "same: they say why pixels differ, not whether"),
     "format_version": (2, "same: it says who can read the file"),
 }
 # Further values of fields whose direction matters.
@@ -207,6 +208,12 @@ def test_training_starts_with_the_right_store_alone(world, shown, edited, name, 
         assert decision.startswith("read: ")
 
 
+def test_fast_pixels_are_refused_where_exact_ones_are_implied(world, edited):
+    path, _ = edited("augment", {**world.manifest.augment, "pixels": "fast"})
+    with pytest.raises(StoreError, match=r"augment\.pixels is 'fast' in the store, 'exact' here"):
+        start(without_teacher(world.config), world.data, path)
+
+
 def test_a_setting_that_this_release_does_not_know_is_refused(world, edited):
     path, _ = edited("augment", {**world.manifest.augment, "blur": 2})
     with pytest.raises(StoreError, match=r"augment\.blur is 2 in the store, '\(absent\)' here"):
@@ -215,7 +222,7 @@ def test_a_setting_that_this_release_does_not_know_is_refused(world, edited):
 
 # What a capture that goes on may find otherwise than it would write it.
 JOINED = {"image_set.name", "replay.versions.opencv", "replay.versions.pillow",
-          "replay.versions.numpy", "format_version", "passes-1"}
+          "replay.versions.numpy", "replay.versions.simplejpeg", "format_version", "passes-1"}
 
 
 @pytest.mark.parametrize(("name", "value", "decision"), CASES, ids=[f"{c[0]}-{c[1]}"[:40]

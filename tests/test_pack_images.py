@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvit_jax.data import ops, pack
+from tinyvit_jax import config, matching
+from tinyvit_jax.data import augment, jpeg, ops, pack
 from tinyvit_jax.data.images import Example, SourceError, open_source
+from tinyvit_jax.data.order import Order
 
 TOOL = Path(__file__).parents[1] / "tools/pack_images.py"
 
@@ -111,6 +113,27 @@ def test_corrupt_images_are_left_out_and_listed(tool, tree, tmp_path, capsys):
     assert [shard["images"] for shard in shards] == [4, 4, 1]
     broken.unlink()
     assert train.fingerprint == open_source(f"folder:{tree}", "train").fingerprint
+
+
+@pytest.mark.parametrize("spelling", ["--short-side", "--short_side"])
+def test_short_side_has_other_pixels_and_the_same_fingerprint(tool, tmp_path, spelling):
+    """So the hashes of views that a store keeps are what tells the two packs apart."""
+    tree = make_tree(tmp_path / "tree", PLAIN_NAMES)
+    for name, arguments in {"whole": [], "small": [f"{spelling}=24"]}.items():
+        assert tool.main([f"--source={tree}", f"--out={tmp_path / name}", *arguments]) == 0
+    whole, small = (open_source(f"pack:{tmp_path / name}", "train") for name in ("whole", "small"))
+    assert whole.fingerprint == small.fingerprint
+    spec = augment.make_spec(config.default().augment, 16)
+    order = Order(0, len(whole), paired=False)
+    hashes = [matching.make_replay(source, spec, order)["sha256"] for source in (whole, small)]
+    assert all(one != other for one, other in zip(*hashes, strict=True))
+
+
+def test_short_side_writes_restart_markers_for_crops(tool, tmp_path):
+    tree = make_tree(tmp_path / "tree", PLAIN_NAMES)
+    tool.main([f"--source={tree}", f"--out={tmp_path / 'pack'}", "--short-side=24"])
+    example = open_source(f"pack:{tmp_path / 'pack'}", "train")[0]
+    assert jpeg.read_header(example.image).interval == 1
 
 
 def test_short_side_shrinks_the_large_ones_alone(tool, tmp_path):

@@ -1,10 +1,13 @@
 import functools
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
+from tinyvit_jax import config as configs
 from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import Order, follow_store
 from tinyvit_jax.store import store as stores
@@ -56,6 +59,43 @@ def test_threads_and_workers_do_not_change_a_batch(source, threads, workers):
     assert len(found) == 5
     for step, batch in enumerate(found, 2):
         same(batch, batches[step])
+
+
+STATM = Path("/proc/self/statm")
+
+
+def read_resident() -> int:
+    """Bytes of this process that lie in memory."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="only Linux tells what lies in memory at a moment")
+@pytest.mark.parametrize(("count", "mebibytes"), [
+    (4_000, 16), pytest.param(100_000, 32, marks=pytest.mark.slow)])
+def test_memory_stays_flat(source, count, mebibytes):
+    """Kept views would be 12 KiB each: 47 MiB of the fewer, 1.2 GiB of the more."""
+    spec = augment.make_spec(configs.default().augment, 64)
+    views = pipeline.Views(source, spec, Order(0, len(source), False))
+    batches = pipeline.TrainBatches(views, 100, pipeline.Rows(0, 100), count // 100)
+    before, most = 0, 0
+    for step, _ in enumerate(pipeline.batch_stream(batches, threads=2)):
+        if step == 10:  # threads, caches and the batches kept ready are there
+            before = read_resident()
+        most = max(most, read_resident())
+    assert step + 1 == count // 100
+    assert most - before < mebibytes * 2**20
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (1, 1), (5, 5)])
+def test_threads_that_nobody_counted_are_the_cores_of_a_process(source, monkeypatch, workers,
+                                                                processes):
+    def count_cores(found):
+        raise RuntimeError(f"{found} processes")
+
+    monkeypatch.setattr(pipeline.cores, "count_cores", count_cores)
+    batches = pipeline.TrainBatches(make_views(source), 8, pipeline.Rows(0, 8), 3)
+    with pytest.raises(RuntimeError, match=f"^{processes} processes$"):
+        pipeline.batch_stream(batches, workers=workers)
 
 
 def test_views_survive_pickling(source):

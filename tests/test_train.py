@@ -1,9 +1,10 @@
 import json
+import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax._src import array
 
-from tinyvit_jax import checkpoint, log, optim, train, weights
+from tinyvit_jax import checkpoint, evaluate, log, measure, optim, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import augment, pipeline
 
@@ -79,19 +81,6 @@ def test_resume_is_bit_exact_with_other_workers(folder, tmp_path, monkeypatch):
     assert train.fit(c, tmp_path / "b", data) == resumed  # done: nothing runs again
 
 
-def test_another_config_does_not_resume(folder, tmp_path):
-    c = make_config(folder)
-    data = train.open_data(c)
-    train.record_config(c, tmp_path, data)
-    moved = make_config(shutil.copytree(folder, tmp_path / "moved"), **{"data.threads": 7})
-    train.record_config(moved, tmp_path, train.open_data(moved))
-    with pytest.raises(train.TrainingError, match=r"optim\.learning_rate was 0\.05, now 0\.1"):
-        train.record_config(make_config(folder, **{"optim.learning_rate": 0.1}), tmp_path, data)
-    (tmp_path / "moved" / "blobs" / "000.jpg").unlink()
-    with pytest.raises(train.TrainingError, match=r"images\.train was"):
-        train.record_config(moved, tmp_path, train.open_data(moved))
-
-
 def step_once(config, data, batch):
     """One update from the initial state; returns (state, metrics)."""
     mesh = meshes.make_mesh()
@@ -156,7 +145,8 @@ def test_fine_tuning_the_head_alone(folder, tmp_path, monkeypatch):
     assert (start["params"]["head"]["kernel"] != final["params"]["head"]["kernel"]).any()
     lines = log.read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [m["step"] for m in lines].count(0) == 1
-    expected = train.make_evaluator(c, model, data.eval, None, meshes.make_mesh())(start)
+    judge, _ = measure.make_judge(c, model, data.eval, None, meshes.make_mesh())
+    expected = evaluate.score(judge(start))
     assert result["top1_before"] == lines[0]["eval_top1"] == expected["top1"]
     assert result["top5_before"] == expected["top5"]
 
@@ -182,6 +172,115 @@ def test_a_run_of_nothing_but_skipped_updates_stops(folder, tmp_path, monkeypatc
     monkeypatch.setattr(train.mix, "normalize", lambda x, mean, std: x * np.nan)
     with pytest.raises(train.TrainingError, match="non-finite gradient"):
         train.fit(c, tmp_path, train.open_data(c))
+
+
+class Judge:
+    """Answers at once, in place of an evaluation that takes seconds to compile."""
+
+    eval_step = staticmethod(jax.jit(lambda variables, batch: batch))
+
+    def __call__(self, variables):
+        return evaluate.Judged(*(np.zeros(3, np.int32) for _ in evaluate.Judged._fields))
+
+    def describe_batch(self):
+        return {}
+
+
+@pytest.fixture
+def quick(folder, monkeypatch):
+    """A run whose update and evaluation compile at once: what is tested is the loop around them."""
+    def make_train_step(config, model, tx, schedule, mesh):
+        def step(state, batch):
+            pixels = batch["image"].mean(dtype=jnp.float32)
+            params = jax.tree.map(lambda p: p + pixels, state.params)
+            return (state._replace(step=state.step + 1, params=params),
+                    {"loss": pixels, "skipped": state.skipped, "learning_rate": pixels})
+
+        return jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
+
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    monkeypatch.setattr(measure, "make_judge", lambda *_: (Judge(), None))
+    return make_config(folder, **{"log_every": 3, "eval.every_epochs": 2.0,
+                                  "checkpoint.every_epochs": 2.0})
+
+
+def test_the_host_reads_nothing_between_two_lines(quick, tmp_path, monkeypatch):
+    data = train.open_data(quick)
+    updates, seen = [], set()
+    value, asarray, add = array.ArrayImpl._value, np.asarray, train.Meter.add
+    here = threading.get_ident()
+
+    def note(x):
+        if threading.get_ident() == here and isinstance(x, jax.Array):
+            seen.add(len(updates))
+
+    monkeypatch.setattr(train.Meter, "add", lambda *a: (updates.append(1), add(*a)))
+    monkeypatch.setattr(array.ArrayImpl, "_value",
+                        property(lambda x: (note(x), value.fget(x))[1]))
+    monkeypatch.setattr(np, "asarray", lambda x, *a, **k: (note(x), asarray(x, *a, **k))[1])
+    train.fit(quick, tmp_path, data)
+    assert seen == {0, 3, 6}  # the first weights; a line; a line and a checkpoint
+
+
+def test_the_next_batch_travels_while_an_update_runs(quick, tmp_path, monkeypatch):
+    happened = []
+
+    def note(name, owner, attribute):
+        call = getattr(owner, attribute)
+        monkeypatch.setattr(owner, attribute, lambda *a: (happened.append(name), call(*a))[1])
+
+    note("update", train.Program, "__call__")
+    note("send", meshes, "put_batch")
+    note("wait", jax, "block_until_ready")
+    quick.log_every = 6
+    train.fit(quick, tmp_path, train.open_data(quick))
+    # Each wait is for the update before the one that was just given to the device.
+    assert happened == ["send", "update", "send", *(4 * ["update", "send", "wait"]), "update"]
+
+
+def test_memory_and_compile_time_come_before_the_first_update(quick, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        result = train.fit(quick, tmp_path, train.open_data(quick))
+    said = [m for m in caplog.messages if m.startswith("train")]
+    assert "train: compiled in " in said[0]
+    assert f"peak memory {result['peak_bytes'] / 1e9:.2f} GB on each device" in said[0]
+    assert said[1].startswith("train 3/6 ")
+    assert "data_wait" in said[1]
+    assert result["peak_bytes"] > 3 * 4 * result["parameters"]  # weights and two moments
+
+
+def test_a_run_that_does_not_fit_does_not_begin(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.memory, "find_limit", lambda: 10_000)
+    with pytest.raises(train.memory.OutOfMemory, match=r"train\.accumulate.*model\.remat"):
+        train.fit(quick, tmp_path, train.open_data(quick))
+    assert log.read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_device_that_runs_out_of_memory_is_explained(quick, tmp_path, monkeypatch):
+    def put_batch(batch, mesh):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr(meshes, "put_batch", put_batch)
+    with pytest.raises(train.memory.OutOfMemory, match=r"allocating 7 bytes\. What helps: "):
+        train.fit(quick, tmp_path, train.open_data(quick))
+
+
+def test_a_batch_of_another_shape_compiles_again_and_says_so(quick, tmp_path, monkeypatch, caplog):
+    whole = pipeline.batch_stream
+
+    def stream(source, start=0, **options):
+        for number, batch in enumerate(whole(source, start, **options)):
+            yield {k: v[:len(v) // 2] for k, v in batch.items()} if number == 4 else batch
+
+    with monkeypatch.context() as m, caplog.at_level(logging.WARNING):
+        m.setattr(pipeline, "batch_stream", stream)
+        result = train.fit(quick, tmp_path / "other", train.open_data(quick))
+    assert result["compilations"] == 1
+    lines = log.read_metrics(tmp_path / "other" / "metrics.jsonl")
+    assert [m.get("compilations") for m in lines] == [None, 1]
+    assert "image was uint8[8, 16, 16, 3]" in caplog.text
+    assert "is uint8[4, 16, 16, 3]" in caplog.text
+    assert "compilations" not in train.fit(quick, tmp_path / "same", train.open_data(quick))
 
 
 def test_the_source_decides_the_number_of_classes(folder):

@@ -31,13 +31,18 @@ def default() -> ml_collections.ConfigDict:
     d.mean = (0.485, 0.456, 0.406)
     d.std = (0.229, 0.224, 0.225)
     d.workers = 0  # extra processes that prepare batches; 0 = threads of this one
-    d.threads = 0  # threads that prepare batches, in each worker; 0 = one for each CPU core
+    # Threads that prepare batches, in each worker; 0 = the cores that this process may use, shared
+    # out among the workers
+    d.threads = 0
     d.prefetch = 2  # batches kept ready for each thread
 
     c.augment = a = ml_collections.ConfigDict()
     # imagenet: random resized crop | small: pad and crop | none: centre | microsoft: the original's
     # own draws and PIL's pixels, for stores that tools/import_store.py brought in
     a.spec = "imagenet"
+    # exact: area averages and bicubic of all pixels | fast: bilinear, and large JPEGs are decoded
+    # at a fraction of their size (docs/augmentation.md has speed and difference)
+    a.pixels = "fast"
     a.scale = (0.08, 1.0)  # area of the random resized crop, as a fraction of the image
     a.ratio = (3 / 4, 4 / 3)  # its aspect ratio
     a.pad = 4  # pixels of zero padding around an image of "small" before its crop
@@ -176,6 +181,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("objective.name", c.objective.name, OBJECTIVES)
     one_of("augment.spec", c.augment.spec, AUGMENTS)
     one_of("eval.crop", c.eval.crop, EVAL_CROPS)
+    one_of("augment.pixels", c.augment.pixels, ("exact", "fast"))
     one_of("store.codec", c.store.codec, ("compact", "float16"))
     one_of("store.tail", c.store.tail, ("uniform", "none"))
     one_of("store.replay", c.store.replay, ("refuse", "warn"))

@@ -24,7 +24,7 @@ _REPLAYED = 8  # views, of the first pass
 _LIBRARIES = {  # whose versions decide pixels: the first distribution that is installed counts
     "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless",
                "opencv-contrib-python"),
-    "pillow": ("pillow",), "numpy": ("numpy",)}
+    "pillow": ("pillow",), "numpy": ("numpy",), "simplejpeg": ("simplejpeg",)}
 # Fields that say how a store is cut or called, and not what a target means.
 _LAYOUT = ("passes", "shard_views", "replay.versions", "format_version", "image_set.name")
 

@@ -4,25 +4,38 @@ Step s is a pure function of (config, s, state). Resuming is restoring the state
 stream of batches at its step; nothing else remembers anything.
 """
 
-import contextlib
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from tinyvit_jax import checkpoint, evaluate, heads, log, measure, mix, objectives, optim, weights
+from tinyvit_jax import (
+    checkpoint,
+    evaluate,
+    heads,
+    log,
+    measure,
+    memory,
+    mix,
+    objectives,
+    optim,
+    weights,
+)
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.config import mixes
 from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import AnyOrder, Order
 from tinyvit_jax.matching import check_replay, check_store, record_store
+from tinyvit_jax.meter import Meter
+from tinyvit_jax.packing import make_packing
+from tinyvit_jax.program import Program, compiling, count_compilations, describe_arrays
+from tinyvit_jax.resume import record_config
 from tinyvit_jax.store import store as stores
 
 
@@ -92,24 +105,48 @@ def count_steps(config: ml_collections.ConfigDict, views: int) -> tuple[int, flo
 def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable,
                class_names: tuple[str, ...] = ()) -> State:
     """The state before the first update, from `model.init_from` or from the seed."""
-    def state(variables: dict) -> State:
-        params = variables["params"]
-        zero = jnp.zeros((), jnp.int32)
-        return State(zero, params, variables["batch_stats"], make_tx(params).init(params),
-                     params if config.optim.ema else {}, zero)
-
     m = config.model
     if m.init_from:
         known = heads.read_class_names(m.class_names, imagenet_names=class_names) if (
             m.class_names) else ()
-        return jax.jit(state)(weights.load_weights(m.init_from, model, "new", class_names,
-                                                   trained_names=known))
-    image = jnp.zeros((1, model.image_size, model.image_size, 3))
+        loaded = weights.load_weights(m.init_from, model, "new", class_names, trained_names=known)
+        return jax.jit(lambda variables: _first_state(config, variables, make_tx))(loaded)
     # It runs once: on a CPU, optimising it costs four times what it takes without.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    init = jax.jit(lambda key: state(model.init(key, image, train=False)),
+    init = jax.jit(lambda key: _first_state(config, _init_variables(model, key), make_tx),
                    compiler_options=options)
     return init(jax.random.key(config.seed))
+
+
+def _init_variables(model, key: jax.Array) -> dict:
+    """{"params", "batch_stats"} of a new model."""
+    image = jnp.zeros((1, model.image_size, model.image_size, 3))
+    return model.init(key, image, train=False)
+
+
+def _first_state(config: ml_collections.ConfigDict, variables: dict, make_tx: Callable) -> State:
+    params, zero = variables["params"], jnp.zeros((), jnp.int32)
+    return State(zero, params, variables["batch_stats"], make_tx(params).init(params),
+                 params if config.optim.ema else {}, zero)
+
+
+def describe_state(config: ml_collections.ConfigDict, model, make_tx: Callable, mesh: Mesh
+                   ) -> State:
+    """The shapes of the state, on every device, without computing it."""
+    shapes = jax.eval_shape(
+        lambda key: _first_state(config, _init_variables(model, key), make_tx),
+        jax.random.key(config.seed))
+    return describe_arrays(shapes, meshes.replicated(mesh))
+
+
+def describe_batch(batches: pipeline.TrainBatches, start: int, mesh: Mesh
+                   ) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a run's batches, from the first two rows that this process reads."""
+    first = start * batches.batch_size + batches.rows.first
+    pair: Any = batches.views.read(np.arange(first, first + 2))
+    return {name: jax.ShapeDtypeStruct(
+        (x.shape[0] * batches.batch_size // 2, *x.shape[1:]), x.dtype,
+        sharding=meshes.sharded(mesh)) for name, x in pair.items()}
 
 
 def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.GradientTransformation,
@@ -148,20 +185,24 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         if parts == 1:
             return gradient(state.params, state.batch_stats, batch, key)
 
-        def body(batch_stats, part):
+        def body(carry, part):
+            batch_stats, total = carry
             grads, batch_stats, metrics = gradient(state.params, batch_stats, part[1],
                                                    jax.random.fold_in(key, part[0]))
-            return batch_stats, (grads, metrics)
+            # Added up as they come: all of them side by side would be memory for each part.
+            return (batch_stats, jax.tree.map(jnp.add, total, grads)), metrics
 
-        batch_stats, (grads, metrics) = jax.lax.scan(
-            body, state.batch_stats, (jnp.arange(parts), _micro_batches(batch, parts)))
-        return (*(jax.tree.map(lambda x: x.mean(0), grads), batch_stats),
+        first = (state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))
+        (batch_stats, total), metrics = jax.lax.scan(
+            body, first, (jnp.arange(parts), _micro_batches(batch, parts)))
+        return (jax.tree.map(lambda x: x / parts, total), batch_stats,
                 jax.tree.map(lambda x: x.mean(0), metrics))
 
     def train_step(state: State, batch: dict) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, batch_stats, metrics = summed_gradient(state, batch, key)
-        grad_norm = optax.global_norm(grads)
+        packing = make_packing(state.params, optim.decay_mask(state.params))
+        grad_norm = packing.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
         factors = optim.make_factors(config.optim, state.params, model.depths, trainable)
@@ -178,8 +219,8 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
                             (params, batch_stats, opt_state, ema), old)
         skipped = jnp.where(good, 0, state.skipped + 1).astype(jnp.int32)
         metrics |= {"learning_rate": rate, "gradient_norm": grad_norm,
-                    "parameter_norm": optax.global_norm(state.params),
-                    "update_norm": optax.global_norm(updates), "skipped": skipped}
+                    "parameter_norm": packing.norm(state.params),
+                    "update_norm": packing.norm(updates), "skipped": skipped}
         kept_params, kept_stats, kept_opt, kept_ema = kept
         return State(state.step + 1, kept_params, kept_stats, kept_opt, kept_ema, skipped), metrics
 
@@ -215,8 +256,9 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         title: what the progress bar says.
 
     Returns:
-        The content of fit.json: top1, top5, loss, steps, seconds, parameters; and top1_before,
-        top5_before where the run started from weights.
+        The content of fit.json: top1, top5, loss, steps, seconds, parameters, peak_bytes (of memory
+        on each device); top1_before, top5_before where the run started from weights; compilations,
+        where programs were compiled after the first update.
     """
     mesh = meshes.make_mesh()
     model = make_student(config, data)
@@ -226,7 +268,8 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         check_replay(store, data, spec, config.store.replay)
     meshes.check_rows(config.train.batch_size, "train.batch_size",
                       config.train.accumulate * (2 if mixes(config) else 1))
-    record_config(config, workdir, data)
+    record_config(config, workdir, {"train": data.train.fingerprint,
+                                    "eval": data.eval.fingerprint})
     if store is not None:
         record_store(store, workdir, write=jax.process_index() == 0)
     steps, per_epoch = count_steps(config, data.order.views_per_epoch)
@@ -236,60 +279,101 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         return optim.make_optimizer(config.optim, params)
 
     with checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last,
-                                config.checkpoint.keep_best) as checkpoints:
+                                config.checkpoint.keep_best) as checkpoints, \
+            compiling() as compiler:
         done = log.read_json(workdir / "fit.json")
         if done is not None and checkpoints.latest == steps:
             return done
-        state = meshes.put_state(init_state(config, model, make_tx,
-                                             tuple(data.train.class_names)), mesh)
-        if checkpoints.latest is not None:
-            state = State(**checkpoints.restore(checkpoints.latest, state._asdict()))
-            log.logger.info("%s: resumed at update %d of %d", title, checkpoints.latest, steps)
+        start = checkpoints.latest or 0
+        batches = pipeline.TrainBatches(
+            pipeline.Views(data.train, spec, data.order, store, config.store.passes,
+                           config.store.top_k),
+            config.train.batch_size, pipeline.Rows.of_process(
+                config.train.batch_size, jax.process_index(), jax.process_count()), steps)
+        like = describe_state(config, model, make_tx, mesh)
+        step_fn = make_train_step(config, model, make_tx(like.params), schedule, mesh)
+        update = Program(step_fn, (like, describe_batch(batches, start, mesh)), compiler,
+                         f"{title}: the update")
+        if start:
+            state = State(**checkpoints.restore(start, like._asdict()))
+            log.logger.info("%s: resumed at update %d of %d", title, start, steps)
+        else:
+            state = meshes.put_state(init_state(config, model, make_tx,
+                                                tuple(data.train.class_names)), mesh)
         if jax.process_index() == 0:
             log.write_json(workdir / "model.json", weights.describe(weights.Trained(
                 model, {}, data.train.class_names, config.data.mean, config.data.std,
                 config.eval.crop, config.eval.crop_ratio), config.model.name))
-        step_fn = make_train_step(config, model, make_tx(state.params), schedule, mesh)
-        views = pipeline.Views(data.train, spec, data.order, store, config.store.passes,
-                               config.store.top_k)
-        evaluator = make_evaluator(config, model, data.eval, data.class_map, mesh)
-        result = _loop(config, workdir, state, steps, per_epoch, step_fn, views, evaluator,
-                       checkpoints, mesh, title)
-    result["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
+        judge, _ = measure.make_judge(config, model, data.eval, data.class_map, mesh)
+        with memory.explaining(config):
+            result = _loop(config, workdir, state, start, per_epoch, update, batches,
+                           lambda variables: evaluate.score(judge(variables)), checkpoints, mesh,
+                           title)
+    result["parameters"] = sum(x.size for x in jax.tree.leaves(like.params))
     result |= _scores_before(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
         log.write_json(workdir / "fit.json", result)
     return result
 
 
-def _loop(config, workdir: Path, state: State, steps: int, per_epoch: float, step_fn: Callable,
-          views: pipeline.Views, evaluator: Callable, checkpoints: checkpoint.Checkpoints,
+_UNDER_WAY = 2  # updates given to the devices and not done: one at work, one that follows at once
+
+
+def _announce(config: ml_collections.ConfigDict, update: Program, title: str) -> int:
+    """Waits for the compiled update and says what it needs; gives its peak memory in bytes.
+
+    Raises:
+        OutOfMemory: it does not fit on the devices.
+    """
+    needs, seconds = update.wait()
+    ahead = _UNDER_WAY * memory.count_bytes(update.shapes[1])  # and the batch among its arguments
+    limit = memory.find_limit()
+    if jax.process_index() == 0:
+        log.logger.info("%s: compiled in %.1f s, %s", title, seconds,
+                        memory.describe(needs, ahead, limit))
+    memory.check_fits(config, needs, ahead, limit)
+    return needs.peak + ahead
+
+
+def _loop(config, workdir: Path, state: State, start: int, per_epoch: float, update: Program,
+          batches: pipeline.TrainBatches, evaluator: Callable, checkpoints: checkpoint.Checkpoints,
           mesh: Mesh, title: str) -> dict:
-    """Batch, step, log, evaluate, save; until `steps`."""
-    start = int(state.step)
+    """Batch, step, log, evaluate, save; until all batches were shown.
+
+    The host never waits for a device between two log lines, but where it is two updates ahead; the
+    next batch travels while the present update runs.
+    """
+    steps, first = len(batches), jax.process_index() == 0
     eval_at = _marks(config.eval.every_epochs, per_epoch, steps)
     save_at = _marks(config.checkpoint.every_epochs, per_epoch, steps)
-    first = jax.process_index() == 0
     progress = log.Progress(title, steps, start, workdir / "metrics.jsonl" if first else None,
                             quiet=not first)
-    rows = pipeline.Rows.of_process(config.train.batch_size, jax.process_index(),
-                                    jax.process_count())
     stream = pipeline.batch_stream(
-        pipeline.TrainBatches(views, config.train.batch_size, rows, steps), start,
-        threads=config.data.threads, workers=config.data.workers, prefetch=config.data.prefetch)
-    meter = _Meter(config.train.batch_size, steps, log.last_seconds(workdir / "metrics.jsonl"))
-    scores: dict = {}
+        batches, start, threads=config.data.threads, workers=config.data.workers,
+        prefetch=config.data.prefetch)
+    meter = Meter(title, config.train.batch_size, steps,
+                  log.last_seconds(workdir / "metrics.jsonl"))
+
+    def fetch() -> dict[str, jax.Array]:
+        with meter.waiting():
+            rows = next(stream)
+        return meshes.put_batch(rows, mesh)
+
+    scores, result = {}, {}
     if config.model.init_from and not start:  # what the weights are worth before any update
         scores = evaluator({"params": state.params, "batch_stats": state.batch_stats})
         progress.report(0, {f"eval_{k}": scores[k] for k in ("top1", "top5", "loss")}
                         | {"seconds": 0.0})
-        meter.forget_time()
+    if start < steps:
+        batch = fetch()
+        result["peak_bytes"] = _announce(config, update, title)
+    meter.forget_time()
     for step in range(start + 1, steps + 1):
-        with meter.waiting():
-            batch = next(stream)
-        state, metrics = step_fn(state, meshes.put_batch(batch, mesh))
+        with jax.transfer_guard("disallow"):
+            state, metrics = update(state, batch)
+        if step == start + 1:
+            built = count_compilations()
         meter.add(metrics)
-        meter.bound_queue()
         progress.advance()
         if step % config.log_every == 0 or step in eval_at or step in save_at:
             line, eta = meter.read(step)
@@ -303,13 +387,18 @@ def _loop(config, workdir: Path, state: State, steps: int, per_epoch: float, ste
                                     "batch_stats": state.batch_stats})
                 line |= {f"eval_{k}": scores[k] for k in ("top1", "top5", "loss")}
                 meter.forget_time()
+            if count_compilations() > built:
+                result["compilations"] = line["compilations"] = count_compilations() - built
             progress.report(step, line, eta)
         if step in save_at:
             checkpoints.save(step, state._asdict(), scores["top1"] if step in eval_at else None)
+        if step < steps:
+            batch = fetch()  # after a checkpoint is safe, before waiting for the update
+        meter.bound_queue(_UNDER_WAY)
     progress.close()
     if not scores:  # a run that was killed after its last update
         scores = evaluator({"params": state.ema or state.params, "batch_stats": state.batch_stats})
-    return {**scores, "steps": steps, "seconds": meter.seconds()}
+    return {**scores, **result, "steps": steps, "seconds": meter.seconds()}
 
 
 def _scores_before(metrics: Path) -> dict[str, float]:
@@ -323,96 +412,3 @@ def _marks(every_epochs: float, per_epoch: float, steps: int) -> set[int]:
     """Updates after which something happens every so many epochs, the last one included."""
     gap = max(1.0, every_epochs * per_epoch)
     return {round(i * gap) for i in range(1, int(steps / gap) + 1)} | {steps}
-
-
-class _Meter:
-    """Averages metrics on the device and times the loop; reading it is the only host sync."""
-
-    def __init__(self, batch_size: int, steps: int, seconds_before: float):
-        self.batch_size, self.steps, self.before = batch_size, steps, seconds_before
-        self.began = self.since = time.perf_counter()
-        self.waited = 0.0
-        self.pending: list[dict] = []
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Times the wait for data."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    def add(self, metrics: dict) -> None:
-        """Keeps one update's metrics, still on the device."""
-        self.pending.append(metrics)
-
-    def bound_queue(self, updates: int = 4) -> None:
-        """Waits for the update a few before: else whole batches queue up on the device."""
-        if len(self.pending) > updates:
-            jax.block_until_ready(self.pending[-updates]["loss"])
-
-    def read(self, step: int) -> tuple[dict[str, float], float]:
-        """The averages since the last reading, and the seconds left."""
-        values = jax.device_get(self.pending)
-        now = time.perf_counter()
-        elapsed, count = max(now - self.since, 1e-9), len(values)
-        line = {k: float(sum(v[k] for v in values)) / count for k in values[0]}
-        line |= {"skipped": float(values[-1]["skipped"]),
-                 "learning_rate": float(values[-1]["learning_rate"]),
-                 "images_per_second": count * self.batch_size / elapsed,
-                 "data_wait": self.waited / elapsed, "seconds": self.seconds()}
-        eta = (self.steps - step) * elapsed / count
-        self.pending, self.waited, self.since = [], 0.0, now
-        return line, eta
-
-    def forget_time(self) -> None:
-        """Leaves what just happened (an evaluation) out of the throughput."""
-        self.since = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Seconds of training, earlier parts of a resumed run included."""
-        return self.before + time.perf_counter() - self.began
-
-
-def make_evaluator(config: ml_collections.ConfigDict, model, source: images.ImageSource,
-                   class_map, mesh: Mesh) -> Callable:
-    """fn(variables) -> {"top1", "top5", "loss", "count"} over the images of a source."""
-    judge, _ = measure.make_judge(config, model, source, class_map, mesh)
-    return lambda variables: evaluate.score(judge(variables))
-
-
-# What may change between a run and its resumption without changing a number of it.
-_FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.eval_source",
-         "data.data_dir", "log_every", "checkpoint", "store.path", "store.capture", "store.codec",
-         "store.shard_views", "store.block_views",
-         "store.teacher", "store.replay", "store.lease", "store.cache", "store.cache_gb", "teacher",
-         "train.max_skipped", "eval.batch_size", "eval.checkpoint", "eval.image_size", "benchmark",
-         "label_only_twin", "export_torch")
-
-
-def record_config(config: ml_collections.ConfigDict, workdir: Path, data: Data) -> None:
-    """Writes config.json, or checks that the workdir's own says the same.
-
-    The images are compared by their fingerprints, so a folder may move between two starts.
-    """
-    path = workdir / "config.json"
-    own = json.loads(config.to_json_best_effort())
-    own["images"] = {"train": data.train.fingerprint, "eval": data.eval.fingerprint}
-    before, now = _flat(log.read_json(path) or own), _flat(own)
-    changed = [k for k in sorted(before.keys() | now.keys())
-               if before.get(k) != now.get(k)
-               and not any(k == f or k.startswith(f + ".") for f in _FREE)]
-    if changed:
-        listed = "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in changed[:6])
-        raise TrainingError(
-            f"{workdir} holds a run of another config: {listed}. Resume it with the same "
-            f"settings, or start a new run in another --workdir.")
-    if jax.process_index() == 0:
-        log.write_json(path, own)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots."""
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
-    return out

@@ -1,9 +1,12 @@
-"""Measures parts of the package on this machine.
+"""Measures parts of the package on this machine, each against its rival in the same run.
 
-python tools/benchmark.py store [--out=DIR]      # the store against TinyViT's own files
+python tools/benchmark.py input [--images=FOLDER]            # JPEG files to views
+python tools/benchmark.py step [--microsoft=FOLDER --timm]   # inference and training of a model
+python tools/benchmark.py store                              # the store against TinyViT's own files
+python tools/benchmark.py end_to_end                         # from the command on; distillation
 
-Tables go to the standard output, progress to the standard error; with --out also DIR/store.md and
-DIR/store.json. (Images a second of a model: python -m tinyvit_jax.main --mode=benchmark.)
+Tables go to the standard output, progress to the standard error; with --out=DIR also DIR/input.md
+and DIR/input.json. (Images a second of any model: python -m tinyvit_jax.main --mode=benchmark.)
 """
 
 import argparse
@@ -13,74 +16,96 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-_DEFAULTS = {  # of tools/reference/bench_store.py's Settings, and what each means
-    "views": "that are written and read",
-    "top_k": "classes of a view",
-    "classes": "in all",
-    "seconds": "that each reader reads for, about",
-    "images": "of the whole store that is opened",
-    "passes": "of that store",
-    "keys": "of the original's epoch that is opened",
+from reference import bench_end_to_end as end_to_end
+from reference import bench_input, bench_opening, bench_report, bench_step, bench_store
+
+from tinyvit_jax import cli
+
+Say = Callable[[str], None]
+
+
+class Command(NamedTuple):
+    """A subcommand: what it may be told, what it does, and how its result reads."""
+
+    help: str
+    room: Any  # the module with Settings, MEANINGS of its fields, and check_settings
+    measure: Callable[[Any, Path, Say], dict[str, Any]]  # (settings, folder for files, say)
+    format: Callable[[dict[str, Any]], str]
+    packages: tuple[str, ...]  # whose versions the figures hang on
+
+
+def _measure_store(settings: bench_store.Settings, folder: Path, say: Say) -> dict[str, Any]:
+    return bench_store.measure(settings, folder / "views", say) | {
+        "open": bench_opening.measure_opening(settings, folder / "whole", say)}
+
+
+COMMANDS = {
+    "input": Command("JPEG files to views, against the original's path", bench_input,
+                     bench_input.measure, bench_input.format_result,
+                     ("numpy", "opencv-python-headless", "simplejpeg", "grain", "pillow", "torch")),
+    "step": Command("inference and training against PyTorch", bench_step, bench_step.measure,
+                    bench_step.format_result, ("jax", "jaxlib", "flax", "optax", "torch", "timm")),
+    "store": Command("the store against TinyViT's own files", bench_store, _measure_store,
+                     bench_report.format_store, ("numpy", "array_record", "zstandard")),
+    "end_to_end": Command("from the command to the first step; distillation", end_to_end,
+                          end_to_end.measure, end_to_end.format_result,
+                          ("jax", "jaxlib", "flax", "grain", "orbax-checkpoint")),
 }
 
 
-def measure_store(args: argparse.Namespace, say: Callable[[str], None]
-                  ) -> tuple[dict[str, Any], str]:
-    """The result and its tables."""
-    from reference import bench_opening, bench_report, bench_store
-
-    settings = bench_store.Settings(**{name: getattr(args, name) for name in _DEFAULTS})
-    result: dict[str, Any] = {"settings": settings._asdict(),
-                              "machine": bench_report.describe_machine()}
-    before = bench_report.read_load()
-    with tempfile.TemporaryDirectory(prefix="tinyvit_jax_benchmark_") as folder:
-        result |= bench_store.measure(settings, Path(folder) / "views", say)
-        result["open"] = bench_opening.measure_opening(settings, Path(folder) / "whole", say)
-        say("removes its files")
-    result["machine"]["load"] = [before, bench_report.read_load()]
-    return result, bench_report.format_store(result)
-
-
-def _add_store(commands: argparse._SubParsersAction) -> None:
-    from reference import bench_store
-
-    parser = commands.add_parser("store", help="the store against TinyViT's own files")
-    for name, meaning in _DEFAULTS.items():
-        default = bench_store.Settings._field_defaults[name]
-        parser.add_argument(f"--{name}", type=type(default), default=default,
-                            help=f"{meaning} (default {default:,})")
-    parser.set_defaults(measure=measure_store)
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Any]:
+    """The command line and the command's settings; exit code 2 where they cannot be measured."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        below = commands.add_parser(name, help=command.help)
+        for field, default in command.room.Settings._field_defaults.items():
+            _add_setting(below, field, default, command.room.MEANINGS[field])
+        below.add_argument("--out", default="", help="folder for the tables and the JSON")
+    args = parser.parse_args(argv)
+    room = COMMANDS[args.command].room
+    settings = room.Settings(**{field: getattr(args, field) for field in room.Settings._fields})
+    try:
+        room.check_settings(settings)
+    except ValueError as error:
+        parser.error(str(error))
+    return args, settings
 
 
-def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Ends with exit code 2 where a number cannot be measured."""
-    for name, lowest in {**dict.fromkeys(_DEFAULTS, 1), "views": 4096, "classes": 16,
-                         "seconds": 0.0}.items():
-        if getattr(args, name) < lowest:
-            parser.error(f"--{name}={getattr(args, name)}: expected {lowest} or more")
-    if args.top_k >= args.classes:
-        parser.error(f"--top_k={args.top_k}: expected less than --classes={args.classes}")
+def _add_setting(parser: argparse.ArgumentParser, field: str, default: Any, meaning: str) -> None:
+    """A flag for a setting: a switch, whole numbers joined by commas, or one value."""
+    if isinstance(default, bool):
+        parser.add_argument(f"--{field}", action="store_true", help=meaning)
+        return
+    several = isinstance(default, tuple)
+    shown = ",".join(map(str, default)) if several else default
+    note = "" if default == "" else f" (default {shown})"
+    parser.add_argument(f"--{field}", default=default, help=f"{meaning}{note}", type=(
+        (lambda text: tuple(map(int, text.split(",")))) if several else type(default)))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_store(commands)
-    for command in commands.choices.values():
-        command.add_argument("--out", default="", help="folder for the tables and the JSON")
-    args = parser.parse_args(argv)
-    _check(args, parser)
+    args, settings = _parse(argv)
+    command = COMMANDS[args.command]
+    cli.keep_freed_memory()  # as a run does; it serves PyTorch in the same process as well
     began = time.perf_counter()
 
     def say(line: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {line}", file=sys.stderr, flush=True)
 
-    result, text = args.measure(args, say)
+    result: dict[str, Any] = {"settings": settings._asdict(),
+                              "machine": bench_report.describe_machine(command.packages)}
+    before = bench_report.read_load()
+    with tempfile.TemporaryDirectory(prefix="tinyvit_jax_benchmark_") as folder:
+        result |= command.measure(settings, Path(folder), say)
+        say("removes its files")
+    result["machine"]["load"] = [before, bench_report.read_load()]
     result["seconds"] = time.perf_counter() - began
+    text = command.format(result)
     print(text)
     if args.out:
         out = Path(args.out)

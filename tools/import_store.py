@@ -12,17 +12,16 @@ counted in timm's order, which its files do not tell: such a store cannot be bro
 It resumes at the first missing shard; epochs that are added to --from later are added here.
 """
 
-import os
 from pathlib import Path
 
 from absl import flags
 
-from tinyvit_jax import cli
+from tinyvit_jax import cli, cores
 
 cli.define_flags()
 _FROM = flags.DEFINE_string("from", None, "Folder with the original's logits_top*_epoch* folders.",
                             required=True)
-_PROCESSES = flags.DEFINE_integer("processes", 0, "How many write; 0 = one for each CPU core.",
+_PROCESSES = flags.DEFINE_integer("processes", 0, "How many write; 0 = one for each usable core.",
                                   lower_bound=0)
 _TEACHER = flags.DEFINE_string("teacher", "", "Name of the teacher, as far as it is known.")
 
@@ -41,7 +40,7 @@ def main() -> None:
             spec=recipe.make_views(config, data).spec, paired=mixes(config),
             top_k=config.store.top_k, teacher=_TEACHER.value,
             shard_views=config.store.shard_views, block_views=config.store.block_views,
-            processes=_PROCESSES.value or os.cpu_count() or 1))
+            processes=_PROCESSES.value or cores.count_cores()))
     m = store.manifest
     print(f"{store.path}: complete, {m.passes} passes of {m.views_per_pass:,} views, "
           f"{store.bytes_per_view():.1f} bytes a view. Train from it with "

@@ -6,6 +6,10 @@ The tree has a folder for each class, or train/ and val/ with such folders. Of a
 a tenth is packed as "eval", the same images that folder:/folder would hold out. Every image is
 decoded once; what cannot be decoded is left out and listed in corrupt.txt. Train from the pack with
 --config.data.source=pack:/pack.
+
+--short-side makes training read fewer and faster bytes, but it changes pixels: capture the store of
+a teacher's logits from such a pack as well. The pack has the fingerprint of its folder (of keys and
+labels), so what stops a run on the wrong one are the views that a store keeps the hashes of.
 """
 
 import argparse
@@ -31,13 +35,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--source", type=Path, required=True, help="folder, .tar, .tar.gz or .tgz")
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--shard_images", type=int, default=4096, help="images in a file")
-    parser.add_argument("--short_side", type=int, default=0,
-                        help="store images as JPEG with this short side; 0 = their own bytes")
+    parser.add_argument("--short-side", "--short_side", type=int, default=0, metavar="PIXELS",
+                        help="store larger images as JPEG with this short side (320 for views of "
+                             "224); 0 = their own bytes")
     parser.add_argument("--licence", default="", help="of the images, for the manifest")
     parser.add_argument("--origin", default="", help="of the images, for the manifest")
     args = parser.parse_args(argv)
     if args.shard_images < 1 or args.short_side < 0:
-        parser.error("--shard_images must be 1 or more, --short_side 0 or more")
+        parser.error("--shard_images must be 1 or more, --short-side 0 or more")
     return args
 
 

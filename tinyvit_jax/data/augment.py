@@ -86,7 +86,14 @@ def replay(data: bytes, name: str, seed: int, spec: Spec) -> np.ndarray:
     """
     if spec.spec == "microsoft":
         return microsoft.replay(data, name, seed, spec)
-    return apply_view(ops.decode(data, name), sample_view(seed, spec), spec)
+    view = sample_view(seed, spec)
+    if spec.spec != "imagenet":
+        return apply_view(ops.decode(data, name), view, spec)
+    size = spec.image_size
+    fast = spec.pixels == "fast"
+    window = ops.decode_window(data, name, functools.partial(crop_box, view, spec),
+                               enough=size if fast else 0)
+    return _finish(ops.resize(window, size, size, fast), view, spec)
 
 
 def sample_view(seed: int, spec: Spec) -> View:
@@ -197,14 +204,21 @@ def apply_view(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
     size = spec.image_size
     if spec.spec == "imagenet":
         y0, x0, y1, x1 = crop_box(view, spec, *image.shape[:2])
-        image = ops.resize(ops.crop(image, y0, x0, y1 - y0, x1 - x0), size, size)
+        image = ops.resize(ops.crop(image, y0, x0, y1 - y0, x1 - x0), size, size,
+                           spec.pixels == "fast")
     else:
         free = 2 * spec.pad + 1
         image = ops.pad(ops.resize(image, size, size), spec.pad)
         image = ops.crop(image, int(view.top * free), int(view.left * free), size, size)
+    return _finish(image, view, spec)
+
+
+def _finish(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
+    """All of a view after its crop: uint8 [S, S, 3] -> the same."""
     image = ops.flip(image) if view.flip else np.ascontiguousarray(image)
+    operations = rand_augment.FAST if spec.pixels == "fast" else rand_augment.OPERATIONS
     for name, argument in view.ops:
-        image = rand_augment.OPERATIONS[name](image, argument, spec.fill)
+        image = operations[name](image, argument, spec.fill)
     if view.erase != NO_BOX:
         image = ops.erase(image, view.erase, view.noise, _noise_tables(spec.mean, spec.std))
     return image

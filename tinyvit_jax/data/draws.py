@@ -6,6 +6,8 @@ function is SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014). Frozen: st
 ago replay through these few lines, so a change here is a new augmentation version.
 """
 
+import functools
+
 import numpy as np
 
 _MASK = (1 << 64) - 1
@@ -17,11 +19,16 @@ def hash64(*words: int) -> int:
     """Hashes integers (each taken modulo 2**64, order matters) to one of 64 bits."""
     h = 0
     for word in words:
-        z = (h + (word & _MASK) + _GAMMA) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        h = z ^ (z >> 31)
+        h = _take(h, word)
     return h
+
+
+def _take(h: int, word: int) -> int:
+    """The state that follows state `h` when a word is hashed."""
+    z = (h + word + _GAMMA) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
 
 
 def _hash64_array(h: int, words: np.ndarray) -> np.ndarray:
@@ -34,7 +41,11 @@ def _hash64_array(h: int, words: np.ndarray) -> np.ndarray:
 
 def unit(seed: int, slot: int) -> float:
     """A uniform number in [0, 1), 53 bits, from a seed and the number of the draw."""
-    return (hash64(seed, slot) >> 11) * 2.0**-53
+    return (_take(_begin(seed), slot) >> 11) * 2.0**-53
+
+
+# A view draws some forty numbers from one seed, whose half of the hash is always the same.
+_begin = functools.lru_cache(maxsize=1024)(hash64)
 
 
 def shuffled(position: np.ndarray, size: int, seed: int) -> np.ndarray:

@@ -1,40 +1,51 @@
-"""Pixel operations on uint8 RGB arrays [H, W, 3], with OpenCV and nothing else.
+"""Decoding, resizing, cutting and erasing of uint8 RGB arrays [H, W, 3], with OpenCV.
 
-The augmentations are those of RandAugment (Cubuk et al., 2020, arXiv 1909.13719) in the form that
-TinyViT was trained with: timm's "increasing" set over PIL images. Point operations, colour,
-contrast and sharpness give PIL's pixels exactly, translation within one level. Rotation and shear
-interpolate with OpenCV's bicubic kernel (a = -0.75, coordinates in 1/32 pixel) where PIL has
-a = -1 and cuts fractions off: half a level apart on average, more on edges and on the border of the
-filled outside.
+What RandAugment does to a view besides is in `data.color` and `data.warp`.
 
-Functions return a new array or their input unchanged, and depend on their arguments alone, in any
-thread: OpenCV's own threads are switched off for the whole process when this module is imported
-(parallelism is the business of whoever calls), and Intel's closed kernels wherever they would
-change a pixel. What can still differ is stated with the golden tests: with and without AVX2 and FMA
-rotation and shear differ by one level in up to ten of 150,000 values, all the rest is equal; other
-OpenCV releases and other families of CPU were not compared.
+Functions here and there return a new array or their input unchanged, and depend on their arguments
+alone, in any thread: OpenCV's own threads are switched off for the whole process when this module
+is imported (parallelism is the business of whoever calls), and Intel's closed kernels wherever they
+would change a pixel. What can still differ is stated with the golden tests: with and without AVX2
+and FMA rotation and shear differ by one level in up to ten of 150,000 values, all the rest is
+equal; other OpenCV releases and other families of CPU were not compared.
 """
 
 import math
 import statistics
+import threading
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 
+from tinyvit_jax.data import jpeg
+from tinyvit_jax.data.jpeg import Box
+
 cv2.setNumThreads(0)
 
 Fill = tuple[int, int, int]
 
-JPEG_QUALITY = 95
-_SOLARIZE_ADD_BELOW = 128
-_LUMA = (19595, 38470, 7471)  # ITU-R 601 weights in 1/65536, as PIL's "L" has them
-_RAMP = np.arange(256, dtype=np.int32)
+JPEG_QUALITY = 90
+_FITS_CACHE = 1 << 21  # values of an image that are worth a copy as float32
+
+_kept = threading.local()
 
 
-def _use_open_kernels() -> None:
+def use_open_kernels() -> None:
     """Switches Intel's closed kernels off: OpenCV keeps this choice for each thread apart."""
     cv2.ipp.setUseIPP(False)
+
+
+def work_in(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Two float32 arrays of a shape that this thread keeps, with what the last user left in them.
+
+    New ones for each operation would be pages that the kernel clears first, again and again.
+    """
+    size = math.prod(shape)
+    if getattr(_kept, "size", 0) < size:
+        _kept.size, _kept.pair = size, np.empty((2, size), np.float32)
+    one, other = (flat[:size].reshape(shape) for flat in _kept.pair)
+    return one, other
 
 
 class ImageError(ValueError):
@@ -55,12 +66,53 @@ def decode(data: bytes, name: str) -> np.ndarray:
     Raises:
         ImageError: for bytes that are no image, or not all of one.
     """
-    image = None
-    if data and not _jpeg_stops_early(data):
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        except cv2.error:  # a size over OpenCV's limit
-            image = None
+    return decode_window(data, name, lambda height, width: (0, 0, height, width))
+
+
+def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
+                  enough: int = 0) -> np.ndarray:
+    """Decodes a window of an image: of a plain JPEG little more than is asked for.
+
+    Args:
+        data: the file's bytes.
+        name: what to call the image in an error.
+        place: fn(height, width of the image in pixels) -> the window, inside of it.
+        enough: where both sides of the window have twice (4, 8 times) as many pixels, a plain JPEG
+            is decoded at 1/2 (1/4, 1/8) of its size. 0 = never.
+
+    Returns:
+        uint8 [y1 - y0, x1 - x0, 3] RGB: the pixels that `decode` gives there; or of that by 2, 4
+        or 8.
+
+    Raises:
+        ImageError: for bytes that are no image, or not all of one.
+    """
+    if not data or _jpeg_stops_early(data):
+        raise make_image_error(name, len(data))
+    header = jpeg.read_header(data)
+    if header is not None:
+        box = place(header.height, header.width)
+        window = jpeg.decode_window(data, header, box, _find_factor(box, enough))
+        if window is not None:
+            return window
+    image = _decode_by_opencv(data, name)
+    y0, x0, y1, x1 = place(*image.shape[:2])
+    return crop(image, y0, x0, y1 - y0, x1 - x0)
+
+
+def _find_factor(box: Box, enough: int) -> int:
+    """How many times smaller a window may be decoded: 1, 2, 4 or 8."""
+    side = min(box[2] - box[0], box[3] - box[1])
+    # One pixel more, because the window's edges are rounded in the smaller image.
+    return next((f for f in (8, 4, 2) if enough and side >= f * (enough + 1)), 1)
+
+
+def _decode_by_opencv(data: bytes, name: str) -> np.ndarray:
+    """Decodes the whole of an image of any kind to RGB."""
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # a size over OpenCV's limit
+        image = None
     if image is None:
         raise make_image_error(name, len(data))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -83,10 +135,16 @@ def _jpeg_stops_early(data: bytes) -> bool:
     return end < 0 or data.find(b"\xff\xda", end) >= 0  # the end found is a thumbnail's
 
 
-def encode_jpeg(image: np.ndarray) -> bytes:
-    """Encodes uint8 [H, W, 3] RGB as a JPEG of quality 95."""
+def encode_jpeg(image: np.ndarray, interval: int = 0) -> bytes:
+    """Encodes uint8 [H, W, 3] RGB as a JPEG of quality 90.
+
+    Args:
+        image: the pixels.
+        interval: units of 16 x 16 pixels from one restart marker to the next; 0 = no markers.
+    """
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY,
+                                      cv2.IMWRITE_JPEG_RST_INTERVAL, interval])[1].tobytes()
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -96,7 +154,7 @@ def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int, bilinear: bool = False) -> np.ndarray:
     """Resizes for training: area averaging when both sides shrink, else OpenCV's bicubic.
 
     Area averaging avoids aliasing as PIL's widened bicubic does, a little softer and much faster.
@@ -105,6 +163,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         image: uint8 [h, w, 3].
         height: rows of the result.
         width: columns of the result.
+        bilinear: interpolate from four pixels where no side shrinks to less than half: three times
+            as fast again, a little sharper with some aliasing (what tf.image.resize does).
 
     Returns:
         uint8 [height, width, 3].
@@ -112,10 +172,18 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
-    shrinks = h >= height and w >= width
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    _use_open_kernels()
-    return cv2.resize(image, (width, height), interpolation=how)
+    use_open_kernels()
+    if bilinear and h <= 2 * height and w <= 2 * width:
+        # The one that OpenCV promises to be equal bit by bit on every machine.
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+    if h < height or w < width:
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    blocks = h % height == 0 and w % width == 0  # which OpenCV sums up another way
+    if blocks or image.size > _FITS_CACHE:
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    # OpenCV sums fractions of pixels up as float32 in any case, and faster if they come as such.
+    sums = cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.convertScaleAbs(sums)
 
 
 def resize_bicubic(image: np.ndarray, height: int, width: int,
@@ -188,169 +256,14 @@ def crop(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.
 
 def flip(image: np.ndarray) -> np.ndarray:
     """Mirrors left and right."""
-    return cv2.flip(image, 1)
+    # OpenCV mirrors four channels by vector instructions and three one by one.
+    four = cv2.flip(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), 1)
+    return cv2.cvtColor(four, cv2.COLOR_RGBA2RGB)
 
 
 def pad(image: np.ndarray, width: int) -> np.ndarray:
     """Adds a border of `width` zero pixels on every side."""
     return cv2.copyMakeBorder(image, width, width, width, width, cv2.BORDER_CONSTANT)
-
-
-def auto_contrast(image: np.ndarray) -> np.ndarray:
-    """Stretches each channel to the full range."""
-    return _map_channels(image, _contrast_table)
-
-
-def equalize(image: np.ndarray) -> np.ndarray:
-    """Flattens the histogram of each channel."""
-    return _map_channels(image, _equal_table)
-
-
-def _map_channels(image: np.ndarray, make_table: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Maps each channel by a table made from its histogram int64 [256]."""
-    histograms = [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
-    tables = [make_table(h.astype(np.int64)) for h in histograms]
-    return cv2.LUT(image, np.stack(tables, -1).astype(np.uint8)[None])
-
-
-def _contrast_table(histogram: np.ndarray) -> np.ndarray:
-    used = np.flatnonzero(histogram)
-    low, high = used[0], used[-1]
-    if low == high:
-        return _RAMP
-    scale = 255.0 / (high - low)
-    return np.clip((_RAMP * scale + -low * scale).astype(np.int32), 0, 255)
-
-
-def _equal_table(histogram: np.ndarray) -> np.ndarray:
-    used = np.flatnonzero(histogram)
-    step = (histogram.sum() - histogram[used[-1]]) // 255
-    if len(used) == 1 or step == 0:
-        return _RAMP
-    below = np.cumsum(histogram) - histogram
-    return np.minimum((step // 2 + below) // step, 255)
-
-
-def invert(image: np.ndarray) -> np.ndarray:
-    """Turns x into 255 - x."""
-    return cv2.bitwise_not(image)
-
-
-def posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the highest `bits` bits: 8 and more all of them, 0 and less leave black."""
-    return _map_all(image, _RAMP & ~(2 ** (8 - min(bits, 8)) - 1))
-
-
-def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
-    """Inverts the values from `threshold` upwards: all from 0 down, none from 256 up."""
-    return _map_all(image, np.where(threshold <= _RAMP, 255 - _RAMP, _RAMP))
-
-
-def solarize_add(image: np.ndarray, amount: int) -> np.ndarray:
-    """Adds `amount` to the values below 128."""
-    return _map_all(image, np.where(_RAMP < _SOLARIZE_ADD_BELOW, _RAMP + amount, _RAMP))
-
-
-def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends from black: 0 = black, 1 = the image, above 1 = brighter."""
-    return _map_all(image, _blend(np.zeros(256, np.float32), _RAMP, factor))
-
-
-def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends from the mean grey level: 0 = flat, 1 = the image, above 1 = more contrast."""
-    mean = int(_luma(image).mean(dtype=np.float64) + 0.5)
-    return _map_all(image, _blend(np.full(256, mean, np.float32), _RAMP, factor))
-
-
-def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends from the grey image: 0 = grey, 1 = the image, above 1 = more saturated."""
-    return _blend(_luma(image)[..., None].astype(np.float32), image, factor)
-
-
-def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends from a 3x3 smoothed image (edge pixels as they are): above 1 = sharper."""
-    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
-    smooth = image.copy()
-    _use_open_kernels()
-    smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel)[1:-1, 1:-1]
-    return _blend(smooth.astype(np.float32), image, factor)
-
-
-def _map_all(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8))
-
-
-def _luma(image: np.ndarray) -> np.ndarray:
-    """Grey levels uint8 [H, W], rounded as PIL rounds them."""
-    r, g, b = (image[..., c].astype(np.int32) for c in range(3))
-    return ((r * _LUMA[0] + g * _LUMA[1] + b * _LUMA[2] + 32768) >> 16).astype(np.uint8)
-
-
-def _blend(base: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
-    """base + factor * (image - base) in float32, clipped, fractions cut off as PIL cuts them."""
-    out = image.astype(np.float32)
-    out -= base
-    out *= np.float32(factor)
-    out += base
-    np.clip(out, 0, 255, out=out)
-    return out.astype(np.uint8)
-
-
-def rotate(image: np.ndarray, degrees: float, fill: Fill) -> np.ndarray:
-    """Rotates counter-clockwise about the centre; the outside is filled."""
-    angle = math.radians(-degrees)
-    # Rounded, so that the last bit of a platform's sine cannot move a pixel.
-    cos, sin = round(math.cos(angle), 9), round(math.sin(angle), 9)
-    y, x = image.shape[0] / 2, image.shape[1] / 2
-    return _warp(image, (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y), fill)
-
-
-def shear_x(image: np.ndarray, factor: float, fill: Fill) -> np.ndarray:
-    """Reads each pixel from `factor` pixels further right for every row down."""
-    return _warp(image, (1, factor, 0, 0, 1, 0), fill)
-
-
-def shear_y(image: np.ndarray, factor: float, fill: Fill) -> np.ndarray:
-    """Reads each pixel from `factor` pixels further down for every column to the right."""
-    return _warp(image, (1, 0, 0, factor, 1, 0), fill)
-
-
-def translate_x(image: np.ndarray, fraction: float, fill: Fill) -> np.ndarray:
-    """Reads each pixel from `fraction` of the width further right."""
-    return _shift_columns(image, fraction * image.shape[1], fill)
-
-
-def translate_y(image: np.ndarray, fraction: float, fill: Fill) -> np.ndarray:
-    """Reads each pixel from `fraction` of the height further down."""
-    turned = _shift_columns(cv2.transpose(image), fraction * image.shape[0], fill)
-    return cv2.transpose(turned)
-
-
-def _warp(image: np.ndarray, inverse: tuple[float, ...], fill: Fill) -> np.ndarray:
-    """Applies an affine map given from output to input, in coordinates of pixel edges."""
-    a, b, c, d, e, f = inverse
-    _use_open_kernels()
-    centers = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
-    return cv2.warpAffine(image, centers, image.shape[1::-1], borderValue=fill,
-                          flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
-
-
-def _shift_columns(image: np.ndarray, distance: float, fill: Fill) -> np.ndarray:
-    """Reads each pixel from `distance` pixels further right with PIL's cubic (a = -1)."""
-    whole = math.floor(distance)
-    d = distance - whole
-    taps = np.array([[-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2]])
-    width = image.shape[1]
-    low, high = max(0, math.ceil(-distance - 0.5)), min(width, math.ceil(width - distance - 0.5))
-    out = np.empty_like(image)
-    out[:] = fill
-    if low < high:
-        _use_open_kernels()
-        edged = cv2.copyMakeBorder(image, 0, 0, 2, 2, cv2.BORDER_REPLICATE)
-        # PIL cuts fractions off; the last bit of a sum of weights must not cost a level there.
-        moved = cv2.filter2D(edged, cv2.CV_32F, taps, anchor=(1, 0), delta=1 / 4096)
-        out[:, low:high] = np.clip(moved[:, low + whole + 2:high + whole + 2], 0, 255)
-    return out
 
 
 def make_noise_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

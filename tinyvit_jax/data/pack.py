@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from array_record.python import array_record_module
 
+from tinyvit_jax import cores
 from tinyvit_jax.data import ops
 from tinyvit_jax.data.source import Example, Fingerprint, SourceError, read_keys
 
@@ -29,6 +30,9 @@ _HEADER = struct.Struct("<HI")  # of a record: bytes of its key, label; key and 
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 32 * 1024
+# Of images stored smaller: a marker after every unit, so that all that lies around a crop is left
+# out when it is decoded. 3 % more bytes, and 0.66 ms instead of 0.80 for a view at short side 320.
+_RESTART_INTERVAL = 1
 
 
 class PackSource:
@@ -150,7 +154,8 @@ class PackSettings:
 
     Attributes:
         shard_images: images in a shard; more than some thousands make each read slower.
-        short_side: stores images as JPEG with this short side in pixels; 0 = their own bytes.
+        short_side: stores larger images as JPEG with this short side in pixels; 0 = their own
+            bytes. Other pixels under the same fingerprint, which is of keys and labels.
         licence: of the images, for the manifest.
         origin: where they come from, for the manifest.
     """
@@ -183,7 +188,7 @@ class SplitWriter:
         """Writes the shards and returns the split's entry; calls progress.update(images)."""
         shards: list[dict[str, Any]] = []
         fingerprint = Fingerprint(self._source.class_names)
-        with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with futures.ThreadPoolExecutor(cores.count_cores()) as pool:
             for examples in self._grouped(pool, progress):
                 path = self._out / f"{self._split}-{len(shards):05d}.array_record"
                 _write_shard(path, examples)
@@ -225,7 +230,7 @@ class SplitWriter:
             return example
         scale = side / min(h, w)
         small = ops.resize(image, round(h * scale), round(w * scale))
-        return example._replace(image=ops.encode_jpeg(small))
+        return example._replace(image=ops.encode_jpeg(small, _RESTART_INTERVAL))
 
 
 def _write_shard(path: Path, examples: list[Example]) -> None:

@@ -4,12 +4,12 @@ Every element is a whole batch and a pure function of its number, so any count o
 processes gives the same batches, and resuming is starting at another number.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from tinyvit_jax import cores
 from tinyvit_jax.batch import Batch
 from tinyvit_jax.data import augment, images, labels, ops
 from tinyvit_jax.data.order import AnyOrder
@@ -60,8 +60,8 @@ class Views:
             weight=np.ones(len(examples), np.float32),
         )
         if self.order.paired:
-            mixed = [augment.sample_mix(int(a), int(b), self.spec)
-                     for a, b in zip(seed[::2], seed[1::2], strict=True)]
+            mixed = [augment.sample_mix(a, b, self.spec)
+                     for a, b in zip(seed[::2].tolist(), seed[1::2].tolist(), strict=True)]
             batch["lam"] = np.array([lam for lam, _ in mixed], np.float32)
             batch["box"] = np.array([box for _, box in mixed], np.int32)
         if self.store is not None:
@@ -84,8 +84,12 @@ class Views:
     def _replay(self, index: np.ndarray, seed: np.ndarray
                 ) -> tuple[list[images.Example], np.ndarray]:
         examples = self.source.read(index.tolist())
-        return examples, np.stack([augment.replay(e.image, e.key, int(s), self.spec)
-                                   for e, s in zip(examples, seed, strict=True)])
+        size = self.spec.image_size
+        # Filled row by row: a list of views to stack would hold every pixel twice.
+        pixels = np.empty((len(examples), size, size, 3), np.uint8)
+        for row, example, s in zip(pixels, examples, seed.tolist(), strict=True):
+            row[...] = augment.replay(example.image, example.key, s, self.spec)
+        return examples, pixels
 
     def _targets(self, pass_number: np.ndarray, position: np.ndarray, index: np.ndarray,
                  seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,13 +170,14 @@ def batch_stream(batches, start: int = 0, *, threads: int = 0, workers: int = 0,
     Args:
         batches: TrainBatches, EvalBatches or anything of their shape.
         start: number of the first batch.
-        threads: threads in each process; 0 = one for each CPU core.
+        threads: threads in each process; 0 = one for each CPU core that this process may use,
+            shared out among the workers where there are any.
         workers: processes beside this one; 0 = none.
         prefetch: batches kept ready for each thread.
     """
     import grain
 
-    threads = threads or os.cpu_count() or 1
+    threads = threads or cores.count_cores(max(workers, 1))
     dataset = grain.MapDataset.source(batches)[start:]
     stream = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * threads))

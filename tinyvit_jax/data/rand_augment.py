@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from tinyvit_jax.data import draws, ops
+from tinyvit_jax.data import color, draws, ops, warp
 
 LEVELS = 10.0  # the magnitude that is full strength
 UNIFORM_OVER = 100.0  # a larger mstd asks for a uniform magnitude
@@ -38,27 +38,30 @@ Applied = tuple[tuple[str, float], ...]  # (name, argument) in order of applicat
 
 # Every operation as f(image uint8 [H, W, 3], argument, fill).
 OPERATIONS: dict[str, Callable[[np.ndarray, float, ops.Fill], np.ndarray]] = {
-    "AutoContrast": lambda image, _, fill: ops.auto_contrast(image),
-    "Equalize": lambda image, _, fill: ops.equalize(image),
-    "Invert": lambda image, _, fill: ops.invert(image),
-    "Rotate": ops.rotate,
-    "Posterize": lambda image, bits, fill: ops.posterize(image, int(bits)),
-    "Solarize": lambda image, threshold, fill: ops.solarize(image, int(threshold)),
-    "SolarizeAdd": lambda image, amount, fill: ops.solarize_add(image, int(amount)),
-    "Color": lambda image, factor, fill: ops.color(image, factor),
-    "Contrast": lambda image, factor, fill: ops.contrast(image, factor),
-    "Brightness": lambda image, factor, fill: ops.brightness(image, factor),
-    "Sharpness": lambda image, factor, fill: ops.sharpness(image, factor),
-    "ShearX": ops.shear_x,
-    "ShearY": ops.shear_y,
-    "TranslateXRel": ops.translate_x,
-    "TranslateYRel": ops.translate_y,
+    "AutoContrast": lambda image, _, fill: color.auto_contrast(image),
+    "Equalize": lambda image, _, fill: color.equalize(image),
+    "Invert": lambda image, _, fill: color.invert(image),
+    "Rotate": warp.rotate,
+    "Posterize": lambda image, bits, fill: color.posterize(image, int(bits)),
+    "Solarize": lambda image, threshold, fill: color.solarize(image, int(threshold)),
+    "SolarizeAdd": lambda image, amount, fill: color.solarize_add(image, int(amount)),
+    "Color": lambda image, factor, fill: color.saturation(image, factor),
+    "Contrast": lambda image, factor, fill: color.contrast(image, factor),
+    "Brightness": lambda image, factor, fill: color.brightness(image, factor),
+    "Sharpness": lambda image, factor, fill: color.sharpness(image, factor),
+    "ShearX": warp.shear_x,
+    "ShearY": warp.shear_y,
+    "TranslateXRel": warp.translate_x,
+    "TranslateYRel": warp.translate_y,
 }
 _GROWING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
 # The draw of an operation is an index into its set, so the order is frozen.
 PLAIN = tuple(OPERATIONS)
 INCREASING = tuple(name + "Increasing" if name in _GROWING else name for name in PLAIN)
 OPERATIONS.update({name + "Increasing": OPERATIONS[name] for name in _GROWING})
+# The same with bilinear interpolation where they interpolate.
+FAST = OPERATIONS | {name: functools.partial(operation, bilinear=True) for name, operation in (
+    ("Rotate", warp.rotate), ("ShearX", warp.shear_x), ("ShearY", warp.shear_y))}
 
 _BLENDS = ("Color", "Contrast", "Brightness", "Sharpness")
 SIGNED = frozenset(name + "Increasing" for name in _BLENDS) | {

@@ -7,6 +7,7 @@ from typing import Any
 from tinyvit_jax.data import rand_augment
 
 SPECS = ("imagenet", "small", "none", "microsoft")
+PIXELS = ("exact", "fast")
 # Of the code that draws and applies views: ours, and the original's rules in data/microsoft.py.
 VERSION, MICROSOFT_VERSION = 1, 1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
@@ -45,6 +46,7 @@ class Spec:
     mix_switch: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    pixels: str = "exact"  # of a spec written before there was a choice, too
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -67,6 +69,9 @@ def make_spec(augment_config: Any, image_size: int) -> Spec:
     if a.spec not in SPECS:
         raise SpecError(f"--config.augment.spec={a.spec} is unknown: expected one of "
                         f"{', '.join(SPECS)}.")
+    if a.pixels not in PIXELS:
+        raise SpecError(f"--config.augment.pixels={a.pixels} is unknown: expected one of "
+                        f"{', '.join(PIXELS)}.")
     random, crops = a.spec != "none", a.spec in ("imagenet", "microsoft")
     mixes = a.mixup > 0 or a.cutmix > 0
     text = a.rand_augment if random else ""
@@ -86,7 +91,7 @@ def make_spec(augment_config: Any, image_size: int) -> Spec:
         cutmix=float(a.cutmix) if a.mix_prob > 0 else 0.0,
         mix_prob=float(a.mix_prob) if mixes else 0.0,
         mix_switch=float(a.mix_switch) if a.mixup > 0 and a.cutmix > 0 and a.mix_prob > 0 else 0.0,
-        mean=MEAN, std=STD,
+        mean=MEAN, std=STD, pixels=a.pixels if a.spec == "imagenet" else "exact",
     )
 
 
@@ -123,9 +128,13 @@ def _check_microsoft(text: str, color_jitter: float) -> None:
 
 
 def to_dict(spec: Spec) -> dict[str, Any]:
-    """A dictionary that JSON keeps without loss."""
+    """A dictionary that JSON keeps without loss; "pixels" is in it where it is not exact.
+
+    So the stores written before there was a choice are equal to new ones of the same views.
+    """
     return {key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(spec).items()}
+            for key, value in dataclasses.asdict(spec).items()
+            if (key, value) != ("pixels", "exact")}
 
 
 def from_dict(fields: Mapping[str, Any]) -> Spec:
@@ -142,6 +151,7 @@ def from_dict(fields: Mapping[str, Any]) -> Spec:
             f"again."
         )
     known = {field.name for field in dataclasses.fields(Spec)}
+    fields = {"pixels": "exact", **fields}
     if known != set(fields):
         raise SpecError(
             f"The augmentation of version {replayed} does not have its fields: missing "

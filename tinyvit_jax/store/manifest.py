@@ -207,12 +207,16 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
+_IMPLIED = {"augment.pixels": "exact"}  # where a manifest says nothing of a field
+
+
 def compare(path: str | Path, wanted: dict, found: dict, remedy: str) -> None:
     """Raises StoreError naming every field in which two flat dicts differ.
 
     Never compared: the name of the image set, which says where it lies (its fingerprint says what
     it is); the versions in `replay`; and its hashes where one side has none.
     """
+    wanted, found = _IMPLIED | wanted, _IMPLIED | found
     absent = "(absent)"
     hashed = {"replay.sha256", "replay.views"} <= wanted.keys() & found.keys()
     passed_over = ("image_set.name", "replay.versions" if hashed else "replay")
@@ -240,7 +244,8 @@ def _difference(name: str, wanted: Any, found: Any) -> str:
     return f"{name} is {found!r} in the store, {wanted!r} here"
 
 
-_PACKAGES = {"opencv": "opencv-python-headless", "pillow": "pillow", "numpy": "numpy"}
+_PACKAGES = {"opencv": "opencv-python-headless", "pillow": "pillow", "numpy": "numpy",
+             "simplejpeg": "simplejpeg"}
 
 
 def explain_replay(there: dict[str, str], here: dict[str, str]) -> str:

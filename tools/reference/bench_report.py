@@ -38,15 +38,16 @@ whole store, files empty. Original: the dict of one epoch's keys, which each wor
 epoch."""
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the figures hang on."""
+def describe_machine(packages: tuple[str, ...] = ("numpy", "array_record", "zstandard")
+                     ) -> dict[str, Any]:
+    """What the figures hang on: the machine, and the versions of Python and these packages."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor()
     versions = {"python": platform.python_version()}
-    for package in ("numpy", "array_record", "zstandard"):
+    for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -61,29 +62,41 @@ def read_load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
+def format_machine(machine: dict[str, Any]) -> str:
+    """A line from `describe_machine`, and from "load" before and after."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    load = " to ".join("?" if x is None else f"{x:.1f}" for x in machine["load"])
+    return (f"{machine['cpu']}, {machine['cores']} cores, load {load}; {machine['system']}; "
+            f"{versions}")
+
+
 def format_store(result: dict[str, Any]) -> str:
     """The tables of tools/benchmark.py store.
 
     Args:
         result: settings, machine, bytes, write, read and open.
     """
-    machine, settings = result["machine"], result["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    load = " to ".join("?" if x is None else f"{x:.1f}" for x in machine["load"])
+    settings = result["settings"]
     shape = f"K = {settings['top_k']} of {settings['classes']:,} classes"
     return "\n\n".join([
-        f"# The store and the original's files\n\n{machine['cpu']}, {machine['cores']} cores, "
-        f"load {load}; {machine['system']}; {versions}",
-        f"## Reading: {settings['views']:,} views, {shape}\n\n" + _format_race(
+        f"# The store and the original's files\n\n{format_machine(result['machine'])}",
+        f"## Reading: {settings['views']:,} views, {shape}\n\n" + format_race(
             result["read"], {LOADED: "to keys loaded", WHOLE: "to keys and all"}), _READING,
-        f"## Writing, {shape}\n\n" + _format_race(result["write"], {"original": "to original"}),
+        f"## Writing, {shape}\n\n" + format_race(result["write"], {"original": "to original"}),
         _WRITING, "## Bytes and errors\n\n" + _format_bytes(result["bytes"]), _BYTES,
         "## Opening\n\n" + _format_opening(result["open"]), _OPENING]) + "\n"
 
 
-def _format_race(rows: list[dict[str, Any]], rivals: dict[str, str]) -> str:
+def format_race(rows: list[dict[str, Any]], rivals: dict[str, str], unit: str = "views/s") -> str:
+    """A table of rows from `bench_timing.race_rows`.
+
+    Args:
+        rows: with "per_cpu_second" or without.
+        rivals: their names, and what a column of ratios to them is headed.
+        unit: of the speeds.
+    """
     busy = "per_cpu_second" in rows[0]
-    heads = ["", "views/s", "quartiles", *(["per CPU second"] if busy else [])]
+    heads = ["", unit, "quartiles", *(["per CPU second"] if busy else [])]
     for name in rivals.values():
         heads += [f"ratio {name}", "quartiles"]
     heads.append("rounds")

@@ -9,10 +9,7 @@ file holds fewer bytes for it.
 import copy
 import dataclasses
 import itertools
-import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reference import original_logits
+from reference.bench_timing import one_cpu, race, race_rows, speed
 from reference.synthetic_teachers import KINDS, Teacher, make_teacher, measure_error
 from tinyvit_jax.data.order import Order
 from tinyvit_jax.store.manifest import Manifest, choose_block_views
@@ -47,6 +45,28 @@ class Settings(NamedTuple):
     keys: int = 1_000_000  # of the original's epoch that is opened
 
 
+MEANINGS = {
+    "views": "that are written and read",
+    "top_k": "classes of a view",
+    "classes": "in all",
+    "seconds": "that each reader reads for, about",
+    "images": "of the whole store that is opened",
+    "passes": "of that store",
+    "keys": "of the original's epoch that is opened",
+}
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ValueError for what cannot be measured."""
+    for name, lowest in {**dict.fromkeys(MEANINGS, 1), "views": 4096, "classes": 16,
+                         "seconds": 0.0}.items():
+        if getattr(settings, name) < lowest:
+            raise ValueError(f"--{name}={getattr(settings, name)}: expected {lowest} or more")
+    if settings.top_k >= settings.classes:
+        raise ValueError(f"--top_k={settings.top_k}: expected less than "
+                         f"--classes={settings.classes}")
+
+
 def measure(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Writes, reads and counts.
 
@@ -58,7 +78,7 @@ def measure(settings: Settings, folder: Path, say: Callable[[str], None]) -> dic
     Returns:
         The rows of "bytes", "write" and "read", as JSON knows them.
     """
-    with _one_cpu() as cpus:
+    with one_cpu() as cpus:
         pool = min(_POOL, settings.views)
         say(f"draws {pool:,} views of {settings.classes:,} classes")
         teacher = make_teacher(KINDS[0], pool, settings.classes, settings.top_k)
@@ -84,23 +104,6 @@ def measure(settings: Settings, folder: Path, say: Callable[[str], None]) -> dic
     return {"bytes": sizes, "write": written, "read": read}
 
 
-@contextmanager
-def _one_cpu() -> Iterator[set[int]]:
-    """Keeps this thread, and what it starts, on one CPU; yields those that it may use else.
-
-    Where the system cannot do that, it yields none and the figures are of more than one core.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        yield set()
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})
-    try:
-        yield before - {max(before)}
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def image_names(image: np.ndarray, classes: int) -> list[str]:
     """The original's keys of images: file names for ImageNet-22k, numbers for ImageNet-1k."""
     if classes <= 1000:
@@ -119,7 +122,7 @@ def make_store(path: Path, teacher: Teacher, views: int, mode: str = "compact", 
         block_views=choose_block_views(teacher.index.shape[1])))
 
 
-def _blocks(teacher: Teacher, keys: Keys, start: int, stop: int) -> list:
+def make_blocks(teacher: Teacher, keys: Keys, start: int, stop: int) -> list:
     """The contents of a shard as ready arrays."""
     blocks, size = [], choose_block_views(teacher.index.shape[1])
     for first in range(start, stop, size):
@@ -131,27 +134,6 @@ def _blocks(teacher: Teacher, keys: Keys, start: int, stop: int) -> list:
 
 def _epoch(folder: Path, top_k: int) -> Path:
     return original_logits.epoch_folder(folder / _ORIGINAL, top_k, 0)
-
-
-def _speed(turn: Callable[[], int]) -> tuple[float, float]:
-    """Views of a turn, which it returns, in each second and in each of this process's CPU time."""
-    began, busy = time.perf_counter(), time.process_time()
-    views = turn()
-    return views / (time.perf_counter() - began), views / (time.process_time() - busy)
-
-
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(middle), "low": float(low), "high": float(high)}
-
-
-def _race_rows(speeds: dict[str, list[float]], rivals: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A row for each contender: its speed, and its ratio to each rival in the same rounds."""
-    return [{"what": name, "rounds": len(values), **_quartiles(values),
-             "against": {rival: _quartiles([a / b for a, b in zip(values, speeds[rival],
-                                                                 strict=False)])
-                         for rival in rivals}}
-            for name, values in speeds.items()]
 
 
 def race_writers(stores: dict[str, Store], folder: Path, teacher: Teacher, keys: Keys,
@@ -175,13 +157,13 @@ def race_writers(stores: dict[str, Store], folder: Path, teacher: Teacher, keys:
     for mode in stores:  # whatever is imported or compiled late
         size = choose_block_views(teacher.index.shape[1])
         store = make_store(folder / f"first-{mode}", teacher, size, mode)
-        _write(store, store.shards()[0], _blocks(teacher, keys, 0, size))
+        _write(store, store.shards()[0], make_blocks(teacher, keys, 0, size))
     for number, longest in enumerate(stores["compact"].shards()):
         for mode, store in stores.items():
             if number < len(shards := store.shards()):
                 shard = shards[number]
-                blocks = _blocks(teacher, keys, shard.start, shard.stop)
-                speeds[f"store, {mode}"].append(_speed(partial(_write, store, shard, blocks))[0])
+                blocks = make_blocks(teacher, keys, shard.start, shard.stop)
+                speeds[f"store, {mode}"].append(speed(partial(_write, store, shard, blocks))[0])
         rows = np.arange(longest.start, longest.stop)
         pool = rows % len(teacher.index)
         batch = (names[longest.start:longest.stop], (keys[1][rows] >> 1).astype(np.int32),
@@ -191,8 +173,8 @@ def race_writers(stores: dict[str, Store], folder: Path, teacher: Teacher, keys:
             writer = original_logits.Writer(epoch, number)
             if others:
                 writer.move_to(others)
-            speeds[what].append(_speed(partial(_write_original, writer, batch))[0])
-    return _race_rows(speeds, (_ORIGINAL,))
+            speeds[what].append(speed(partial(_write_original, writer, batch))[0])
+    return race_rows(speeds, (_ORIGINAL,))
 
 
 def _write(store: Store, shard: Any, blocks: list) -> int:
@@ -246,19 +228,11 @@ def race_readers(stores: dict[str, Store], folder: Path, settings: Settings, key
         turn()
     for number in range(len(names)):  # all keys
         views.read(number)
-    speeds: dict[str, list[float]] = {name: [] for name in turns}
-    busy: dict[str, list[float]] = {name: [] for name in turns}
-    began = time.perf_counter()
-    while (time.perf_counter() - began < settings.seconds * len(turns)
-           or len(speeds[LOADED]) < _ROUNDS):
-        for name, turn in turns.items():
-            speed, per_cpu_second = _speed(turn)
-            speeds[name].append(speed)
-            busy[name].append(per_cpu_second)
+    speeds, busy = race(turns, settings.seconds, _ROUNDS)
     views.set_epoch(0)  # closes its files
     fresh.set_epoch(0)
     return [row | {"per_cpu_second": float(np.median(busy[row["what"]]))}
-            for row in _race_rows(speeds, (LOADED, WHOLE))]
+            for row in race_rows(speeds, (LOADED, WHOLE))]
 
 
 def _cycle(order: np.ndarray, chunk: int) -> Iterator[list[int]]:
@@ -356,7 +330,7 @@ def _other_sizes(settings: Settings, folder: Path, say: Callable[[str], None]
         for mode in ("compact", "float16"):
             store = make_store(folder / f"case-{number}-{mode}", teacher, views, mode,
                                shard_views=shard_views)
-            store.write_shard(store.shards()[0], _blocks(teacher, keys, 0, views))
+            store.write_shard(store.shards()[0], make_blocks(teacher, keys, 0, views))
             rows.append(_size_row(teacher, f"store, {mode}", store.bytes_per_view(), shard_views,
                                   _read_pool(store, len(teacher.index))))
         key_bytes = float(np.mean([len(name) + 1 for name in image_names(keys[0], classes)]))

@@ -1,0 +1,120 @@
+"""augment.pixels: what "fast" may change, and by how much."""
+
+import io
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyvit_jax import config, mix
+from tinyvit_jax.data import augment, ops
+from tinyvit_jax.models import create_model
+
+SIZE = 64
+BARE = {"rand_augment": "", "color_jitter": 0.0, "erase": 0.0, "flip": 0.0}
+
+
+def make_spec(size=SIZE, **changes) -> augment.Spec:
+    settings = config.default().augment
+    settings.update(changes)
+    return augment.make_spec(settings, size)
+
+
+def soft_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Structures of every size, the large ones the strongest, as a photograph has them."""
+    total = np.zeros((height, width, 3), np.float32)
+    generator = np.random.default_rng(seed)
+    for sigma in (1, 2, 4, 8, 16, 32):
+        noise = generator.normal(size=(height, width, 3)).astype(np.float32)
+        total += cv2.GaussianBlur(noise, (0, 0), sigma) * sigma * sigma**0.5
+    return cv2.normalize(total, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
+def encode(image: np.ndarray, *options: int) -> bytes:
+    return cv2.imencode(".jpg", image, options)[1].tobytes()
+
+
+def test_fast_is_of_imagenet_alone_and_absent_where_it_is_exact():
+    fast = make_spec(pixels="fast")
+    assert fast.pixels == "fast"
+    assert augment.from_dict(json.loads(json.dumps(augment.to_dict(fast)))) == fast
+    assert make_spec(pixels="fast", spec="small").pixels == "exact"
+    assert make_spec(pixels="fast", spec="none", rand_augment="").pixels == "exact"
+    # Stores written before there was a choice have no such field.
+    exact = make_spec(pixels="exact")
+    assert "pixels" not in augment.to_dict(exact)
+    assert augment.from_dict(augment.to_dict(exact)) == exact
+    with pytest.raises(augment.SpecError, match=r"augment\.pixels=best is unknown: .*fast"):
+        make_spec(pixels="best")
+
+
+def mean_difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(int) - other).mean())
+
+
+@pytest.mark.parametrize(("size", "bound", "worst"), [(224, 2.0, 4.0), (SIZE, 3.0, 9.0)],
+                         ids=["bilinear", "decoded at a fraction"])
+def test_fast_views_are_near_the_exact(size, bound, worst):
+    data = encode(soft_image(400, 500))
+    exact, fast = (make_spec(size, pixels=pixels, **BARE) for pixels in ("exact", "fast"))
+    apart = [mean_difference(augment.replay(data, "x", seed, exact),
+                             augment.replay(data, "x", seed, fast)) for seed in range(60)]
+    assert 0 < np.mean(apart) < bound
+    assert max(apart) < worst
+
+
+def test_fast_geometry_is_near_the_exact():
+    image = soft_image(224, 224)
+    for name, argument in (("Rotate", 20.0), ("ShearX", 0.2), ("ShearY", -0.2)):
+        one, other = (table[name](image, argument, (124, 116, 104))
+                      for table in (augment.rand_augment.OPERATIONS, augment.rand_augment.FAST))
+        assert 0 < mean_difference(one, other) < 1.5
+    assert augment.rand_augment.FAST["Invert"] is augment.rand_augment.OPERATIONS["Invert"]
+
+
+def test_a_plain_file_and_its_decoded_image_give_one_fast_view():
+    """At a fraction of the size they differ; where none is taken they do not."""
+    spec = make_spec(224, pixels="fast")
+    data = encode(soft_image(300, 400))
+    for seed in range(20):
+        view = augment.sample_view(seed, spec)
+        assert np.array_equal(augment.replay(data, "x", seed, spec),
+                              augment.apply_view(ops.decode(data, "x"), view, spec))
+
+
+def test_bilinear_shrinks_to_half_at_most():
+    image = soft_image(200, 200)
+    assert np.array_equal(ops.resize(image, 90, 90, bilinear=True), ops.resize(image, 90, 90))
+    assert not np.array_equal(ops.resize(image, 110, 110, bilinear=True),
+                              ops.resize(image, 110, 110))
+
+
+def test_logits_move_as_little_as_between_two_libraries():
+    """Fast against exact, beside PIL's bicubic resize of the same crops against exact."""
+    exact, fast = (make_spec(SIZE, pixels=pixels, **BARE) for pixels in ("exact", "fast"))
+    views: dict[str, list] = {"exact": [], "fast": [], "pil": []}
+    for seed in range(24):
+        image = soft_image(120, 160, seed)
+        data = encode(image)
+        views["exact"].append(augment.replay(data, "x", seed, exact))
+        views["fast"].append(augment.replay(data, "x", seed, fast))
+        whole = Image.open(io.BytesIO(data)).convert("RGB")
+        y0, x0, y1, x1 = augment.crop_box(augment.sample_view(seed, exact), exact, 120, 160)
+        views["pil"].append(np.asarray(whole.resize((SIZE, SIZE), Image.Resampling.BICUBIC,
+                                                    box=(x0, y0, x1, y1))))
+    model = create_model("tiny_vit", num_classes=10, image_size=SIZE, depths=(1, 1, 1, 1),
+                         embed_dims=(16, 32, 48, 64), num_heads=(1, 1, 2, 2),
+                         window_sizes=(4, 4, 4, 2))
+    variables = model.init(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))
+    apply = jax.jit(model.apply)
+    logits = {name: np.asarray(apply(variables, mix.normalize(
+        np.stack(pixels), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))
+        for name, pixels in views.items()}
+    spread = logits["exact"].std(0).mean()
+    moved = {name: np.abs(logits[name] - logits["exact"]).mean() / spread
+             for name in ("fast", "pil")}
+    assert 0 < moved["fast"] < 0.1
+    assert moved["fast"] < 4 * moved["pil"]

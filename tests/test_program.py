@@ -1,0 +1,79 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyvit_jax import mesh as meshes
+from tinyvit_jax import program
+
+
+@pytest.fixture
+def mesh():
+    return meshes.make_mesh()
+
+
+def make_update():
+    def update(state, batch):
+        return jax.tree.map(lambda x: x + batch["x"].sum(), state), batch["x"].mean()
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def put(mesh, rows):
+    return meshes.put_batch({"x": np.ones((rows, 3), np.float32)}, mesh)
+
+
+def start(mesh, compiler, rows=4):
+    state = meshes.put_state({"w": np.zeros((2, 5), np.float32)}, mesh)
+    shapes = (program.describe_arrays(state, meshes.replicated(mesh)),
+              program.describe_arrays(put(mesh, rows), meshes.sharded(mesh)))
+    return program.Program(make_update(), shapes, compiler, "the update"), state
+
+
+def test_what_was_compiled_ahead_is_what_is_called(mesh, caplog):
+    with program.compiling() as compiler:
+        update, state = start(mesh, compiler)
+        memory, seconds = update.wait()
+        batch, built = put(mesh, 4), program.count_compilations()
+        for _ in range(3):
+            state, _ = update(state, batch)
+    assert program.count_compilations() == built
+    assert not caplog.messages
+    assert update.recompiled == 0
+    assert memory.arguments == 4 * (10 + 12)
+    assert seconds > 0
+    assert float(state["w"][0, 0]) == 36
+
+
+def test_another_shape_is_said(mesh, caplog):
+    with program.compiling() as compiler, caplog.at_level(logging.WARNING):
+        update, state = start(mesh, compiler)
+        update.wait()
+        state, _ = update(state, put(mesh, 2))
+        state, _ = update(state, put(mesh, 2))  # known by now
+    assert update.recompiled == 1
+    assert len(caplog.messages) == 1
+    assert "the update: compiled again" in caplog.text
+    assert "x was float32[4, 3] " in caplog.text
+    assert "is float32[2, 3] " in caplog.text
+    assert "w was" not in caplog.text
+
+
+def test_an_error_of_the_compilation_is_the_waiters(mesh):
+    broken = jax.jit(lambda state, batch: state["w"] @ batch["x"])
+    with program.compiling() as compiler:
+        _, state = start(mesh, compiler)
+        shapes = program.describe_arrays((state, put(mesh, 4)), meshes.replicated(mesh))
+        with pytest.raises(TypeError, match="dot_general"):
+            program.Program(broken, shapes, compiler, "broken").wait()
+
+
+def test_only_this_threads_compilations_count(mesh):
+    before = program.count_compilations()
+    with program.compiling() as compiler:
+        compiler.submit(lambda: jax.jit(lambda x: x * 3)(jnp.ones(7))).result()
+        assert program.count_compilations() == before
+        jax.jit(lambda x: x * 4)(np.ones(7))
+    assert program.count_compilations() == before + 1

@@ -1,0 +1,58 @@
+"""Whether a run that is started again is the same run: config.json in its workdir."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from tinyvit_jax import log
+
+
+class ResumeError(RuntimeError):
+    """A workdir that holds another run; the message names what differs."""
+
+
+# What may change between a run and its resumption without changing a number of it.
+_FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.eval_source",
+         "data.data_dir", "log_every", "checkpoint", "store.path", "store.capture", "store.codec",
+         "store.shard_views", "store.block_views",
+         "store.teacher", "store.replay", "store.lease", "store.cache", "store.cache_gb", "teacher",
+         "train.max_skipped", "eval.batch_size", "eval.checkpoint", "eval.image_size", "benchmark",
+         "label_only_twin", "export_torch")
+
+
+def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict[str, str]) -> None:
+    """Writes config.json, or checks that the workdir's own says the same.
+
+    Args:
+        config: of the run.
+        workdir: where it lives.
+        images: fingerprint of each image set; a folder may move between two starts.
+
+    Raises:
+        ResumeError: the workdir holds a run of another config.
+    """
+    path = workdir / "config.json"
+    own = json.loads(config.to_json_best_effort())
+    own["images"] = images
+    before, now = _flat(log.read_json(path) or own), _flat(own)
+    changed = [k for k in sorted(before.keys() | now.keys())
+               if before.get(k) != now.get(k)
+               and not any(k == f or k.startswith(f + ".") for f in _FREE)]
+    if changed:
+        listed = "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in changed[:6])
+        raise ResumeError(
+            f"{workdir} holds a run of another config: {listed}. Resume it with the same "
+            f"settings, or start a new run in another --workdir.")
+    if jax.process_index() == 0:
+        log.write_json(path, own)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return out
