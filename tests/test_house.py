@@ -90,7 +90,7 @@ FLOORS = {
     "objectives.stored_logits": (DEVICE, JAX),
     "mix": (DEVICE, JAX),
     "mesh": (DEVICE, JAX),
-    "optim": (DEVICE, JAX | {"optax", "ml_collections"}),
+    "optim": (DEVICE | {"packing"}, JAX | {"optax", "ml_collections"}),
     "convert": (WEIGHTS, NUMPY),
     "convert.files": (WEIGHTS, NUMPY | {"torch", "safetensors"}),
     "convert.pickles": (set(), NUMPY),

@@ -55,6 +55,22 @@ def test_a_long_wait_for_data_is_said_once(clock, caplog):
         assert word in caplog.text
 
 
+def test_a_wait_while_the_devices_work_costs_nothing(clock):
+    class Running:
+        def is_ready(self):
+            return False
+
+    meter = meters.Meter("run", 8, steps=10)
+    meter.add({"loss": Running()})
+    with meter.waiting():
+        clock.now += 5
+    assert meter.waited == 0
+    meter.add({"loss": jnp.float32(1)})
+    with meter.waiting():
+        clock.now += 5
+    assert meter.waited == 5
+
+
 def test_the_queue_is_bound(monkeypatch):
     waited = []
     monkeypatch.setattr(meters.jax, "block_until_ready", waited.append)

@@ -1,5 +1,6 @@
 """A workdir keeps to the config that its run began with."""
 
+import json
 import shutil
 
 import pytest
@@ -31,3 +32,17 @@ def test_another_config_does_not_resume(tmp_path):
     (tmp_path / "moved" / "blobs" / "000.jpg").unlink()
     with pytest.raises(resume.ResumeError, match=r"images\.train was"):
         record(moved, tmp_path)
+
+
+def test_a_run_whose_config_had_fewer_keys_resumes_as_it_was(tmp_path):
+    c = make_config(tiny.make_folder(tmp_path / "images"), **{"augment.pixels": "exact"})
+    record(c, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["augment"]["pixels"], fields["objective"]["temperature"]
+    path.write_text(json.dumps(fields))
+    c.augment.pixels = "fast"
+    with pytest.raises(resume.ResumeError, match=r"augment\.pixels was exact, now fast"):
+        record(c, tmp_path)
+    c.augment.pixels = "exact"
+    record(c, tmp_path)

@@ -132,7 +132,8 @@ class Progress:
         self.bar.close()
 
 
-_SHOWN = ("loss", "accuracy", "images_per_second", "data_wait", "eval_top1", "views_per_second")
+_SHOWN = ("loss", "accuracy", "images_per_second", "data_wait", "eval_top1", "views_per_second",
+          "compilations")
 
 
 def format_seconds(seconds: float) -> str:

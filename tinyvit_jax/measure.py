@@ -22,7 +22,8 @@ _PACKAGES = ("tinyvit_jax", "jax", "flax", "numpy", "opencv-python-headless")
 
 
 def make_judge(config: ml_collections.ConfigDict, model, source: images.ImageSource,
-               class_map: np.ndarray | None, mesh: Mesh) -> tuple[Callable, np.ndarray | None]:
+               class_map: np.ndarray | None, mesh: Mesh
+               ) -> tuple["Judge", np.ndarray | None]:
     """Makes what runs a model over the images of a source.
 
     Args:
@@ -33,8 +34,7 @@ def make_judge(config: ml_collections.ConfigDict, model, source: images.ImageSou
         mesh: over which batches are cut.
 
     Returns:
-        fn(variables, title) -> evaluate.Judged, with a progress bar where there is a title; and
-        the classes that answers are chosen from, bool [C], or None for all.
+        A Judge; and the classes that answers are chosen from, bool [C], or None for all.
     """
     size = max(1, config.eval.batch_size // jax.device_count()) * jax.device_count()
     rows = pipeline.Rows.of_process(size, jax.process_index(), jax.process_count())
@@ -48,15 +48,40 @@ def make_judge(config: ml_collections.ConfigDict, model, source: images.ImageSou
     eval_step = evaluate.make_eval_step(model, mesh, tuple(config.data.mean),
                                         tuple(config.data.std), class_map, competing)
 
-    def judge(variables: dict, title: str = "") -> evaluate.Judged:
-        stream = pipeline.batch_stream(batches, threads=config.data.threads,
-                                       prefetch=config.data.prefetch)
-        progress = log.Progress(title, len(batches), quiet=not title)
-        judged = evaluate.evaluate(eval_step, variables, stream, mesh, progress.advance)
+    return Judge(config, eval_step, batches, mesh), competing
+
+
+class Judge:
+    """Runs a model over the images of a source: fn(variables, title) -> evaluate.Judged.
+
+    Args:
+        config: its section data.
+        eval_step: from `evaluate.make_eval_step`.
+        batches: of the images.
+        mesh: over which batches are cut.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, eval_step: Callable,
+                 batches: pipeline.EvalBatches, mesh: Mesh):
+        self.eval_step, self.batches, self.mesh = eval_step, batches, mesh
+        self.threads, self.prefetch = config.data.threads, config.data.prefetch
+
+    def __call__(self, variables: dict, title: str = "") -> evaluate.Judged:
+        """The answers for all images, with a progress bar where there is a title."""
+        stream = pipeline.batch_stream(self.batches, threads=self.threads, prefetch=self.prefetch)
+        progress = log.Progress(title, len(self.batches), quiet=not title)
+        judged = evaluate.evaluate(self.eval_step, variables, stream, self.mesh, progress.advance)
         progress.close()
         return judged
 
-    return judge, competing
+    def describe_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of its batches, from one image."""
+        own = self.batches
+        one = pipeline.EvalBatches(own.source, own.view, 1, pipeline.Rows(0, 1), own.most_labels)
+        row: Any = one[0]
+        return {name: jax.ShapeDtypeStruct((own.batch_size, *x.shape[1:]), x.dtype,
+                                           sharding=meshes.sharded(self.mesh))
+                for name, x in row.items()}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, source: images.ImageSource) -> dict:

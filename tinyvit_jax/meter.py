@@ -32,10 +32,14 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Times the wait for data."""
+        """Times a wait for data, where it cost something: not while the devices were still at work.
+
+        Where they ended meanwhile, all of the wait counts, though a part of it cost nothing.
+        """
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        if not self.pending or self.pending[-1]["loss"].is_ready():
+            self.waited += time.perf_counter() - began
 
     def add(self, metrics: dict) -> None:
         """Keeps one update's metrics, still on the device."""

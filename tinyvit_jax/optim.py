@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from tinyvit_jax.packing import make_packing
+
 
 def make_schedule(config: ml_collections.ConfigDict, batch_size: int, steps: int,
                   steps_per_epoch: float) -> Callable[[jax.Array], jax.Array]:
@@ -129,9 +131,21 @@ def make_optimizer(config: ml_collections.ConfigDict, params: dict
         params: the model's parameters (their names and shapes only).
 
     Returns:
-        An optax transformation; its update times the negative learning rate is to be added.
+        An optax transformation; its update times the negative learning rate is to be added. Its
+        state is of a few long vectors (packing.py) and not of an array for each parameter.
     """
+    packing = make_packing(params, decay_mask(params))
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(
-        *parts, optax.scale_by_adam(*config.betas, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)))
+    inner = optax.chain(
+        *parts, optax.scale_by_adam(*config.betas, eps=config.eps), optax.add_decayed_weights(
+            config.weight_decay, mask={name: name == "decayed" for name in packing.names}))
+
+    def init(params: dict):
+        return inner.init(packing.pack(params))
+
+    def update(updates: dict, state, params: dict | None = None):
+        assert params is not None
+        vectors, state = inner.update(packing.pack(updates), state, packing.pack(params))
+        return packing.unpack(vectors), state
+
+    return optax.GradientTransformation(init, update)

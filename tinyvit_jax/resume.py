@@ -22,6 +22,10 @@ _FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.e
          "train.max_skipped", "eval.batch_size", "eval.checkpoint", "eval.image_size", "benchmark",
          "label_only_twin", "export_torch")
 
+# What runs did whose config had no such key yet.
+_BEFORE = {"augment.pixels": "exact", "objective.temperature": 1.0, "store.temperature": 1.0,
+           "store.tail": "uniform"}
+
 
 def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict[str, str]) -> None:
     """Writes config.json, or checks that the workdir's own says the same.
@@ -37,7 +41,7 @@ def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict
     path = workdir / "config.json"
     own = json.loads(config.to_json_best_effort())
     own["images"] = images
-    before, now = _flat(log.read_json(path) or own), _flat(own)
+    before, now = _BEFORE | _flat(log.read_json(path) or own), _flat(own)
     changed = [k for k in sorted(before.keys() | now.keys())
                if before.get(k) != now.get(k)
                and not any(k == f or k.startswith(f + ".") for f in _FREE)]

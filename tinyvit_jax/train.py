@@ -305,6 +305,8 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
                 model, {}, data.train.class_names, config.data.mean, config.data.std,
                 config.eval.crop, config.eval.crop_ratio), config.model.name))
         judge, _ = measure.make_judge(config, model, data.eval, data.class_map, mesh)
+        Program(judge.eval_step, ({"params": like.params, "batch_stats": like.batch_stats},
+                                  judge.describe_batch()), compiler, f"{title}: the evaluation")
         with memory.explaining(config):
             result = _loop(config, workdir, state, start, per_epoch, update, batches,
                            lambda variables: evaluate.score(judge(variables)), checkpoints, mesh,

@@ -28,15 +28,38 @@ def sparse_cross_entropy(logits: jax.Array, index: jax.Array, prob: jax.Array) -
     return _cross_entropy(logits, index, prob, rest)
 
 
+@jax.custom_vjp
 def _cross_entropy(logits: jax.Array, index: jax.Array, prob: jax.Array, rest: jax.Array
                    ) -> jax.Array:
     """Cross-entropy with the target of `prob` [B, K] at `index` and `rest` [B] everywhere else.
 
-    The dense sum splits into -(sum_k (v_k - rest) logp[i_k] + rest sum_c logp_c).
+    The dense sum splits into -(sum_k (v_k - rest) logp[i_k] + rest sum_c logp_c). The gradient by
+    hand, because the derived one builds the dense target: here the K entries go into the gradient
+    itself, and besides it there is no array of [B, C]. The target is given, not learned.
     """
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
-    stored = ((prob - rest[:, None]) * jnp.take_along_axis(logp, index, axis=-1)).sum(-1)
-    return -(stored + rest * logp.sum(-1))
+    return _forward(logits, index, prob, rest)[0]
+
+
+def _forward(logits, index, prob, rest):
+    x = logits.astype(jnp.float32)
+    log_total = jax.nn.logsumexp(x, axis=-1)
+    above = prob - rest[:, None]
+    mass = above.sum(-1) + rest * x.shape[-1]
+    stored = (above * jnp.take_along_axis(x, index, axis=-1)).sum(-1)
+    loss = mass * log_total - stored - rest * x.sum(-1)
+    return loss, (logits, log_total, index, above, rest, mass)
+
+
+def _backward(saved, grad):
+    logits, log_total, index, above, rest, mass = saved
+    student = jnp.exp(logits.astype(jnp.float32) - log_total[:, None])
+    dense = grad[:, None] * (mass[:, None] * student - rest[:, None])
+    # By rows, so that a batch cut over devices stays where it is.
+    scattered = jax.vmap(lambda row, i, v: row.at[i].add(-v))(dense, index, grad[:, None] * above)
+    return scattered.astype(logits.dtype), None, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
 
 
 def retarget(prob: jax.Array, classes: int, power: float, tail: str

@@ -47,7 +47,11 @@ def make_microsoft(folder: str, model: Any) -> torch.nn.Module:
         raise FileNotFoundError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     with _timm_or_stand_in():
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # where timm's register_model looks for it
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[spec.name]
     return module.TinyViT(
         img_size=model.image_size, num_classes=model.num_classes, drop_path_rate=0.0,
         embed_dims=list(model.embed_dims), depths=list(model.depths),
