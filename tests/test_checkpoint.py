@@ -49,6 +49,24 @@ def test_another_model_is_refused(tmp_path):
         c.restore(1, meshes.put_state(other, meshes.make_mesh()))
 
 
+def test_another_optimisers_state_is_not_called_damaged(tmp_path):
+    def with_optimizer(opt_state):
+        return meshes.put_state(make_state(1) | {"opt_state": opt_state}, meshes.make_mesh())
+
+    each = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    packed = {"decayed": jnp.ones(6), "plain": jnp.ones(3)}
+    with checkpoint.Checkpoints(tmp_path / "c") as c:
+        c.save(1, with_optimizer(({"mu": each, "nu": each}, ())))
+    with checkpoint.Checkpoints(tmp_path / "c") as c:
+        with pytest.raises(checkpoint.CheckpointError, match=(
+                r"holds this model, and the state of another optimiser.*--config\.model\.init_from="
+                + str(tmp_path))) as caught:
+            c.restore(1, with_optimizer(({"mu": packed, "nu": packed}, ())))
+        assert "damaged" not in str(caught.value)
+    variables, _ = checkpoint.load_variables(tmp_path / "c")  # what init_from reads
+    np.testing.assert_array_equal(variables["params"]["a"], np.full((2, 3), 0.5))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 def test_half_written_and_damaged_checkpoints(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "c") as c:

@@ -167,6 +167,21 @@ def test_damaged_files_give_what_opencv_gives(interval, capfd):
     assert refused < 75
 
 
+@pytest.mark.parametrize("interval", [0, 1])
+def test_fast_windows_are_those_of_the_whole_image(interval):
+    image = cv2.GaussianBlur(picture(160, 192), (0, 0), 4)
+    data = encode(image, interval=interval)
+    header = jpeg.read_header(data)
+    whole = jpeg.decode_window(data, header, (0, 0, 160, 192), fast=True)
+    assert whole.shape == (160, 192, 4)
+    for y0, x0, y1, x1 in make_boxes(160, 192, 12):
+        window = jpeg.decode_window(data, header, (y0, x0, y1, x1), fast=True)
+        np.testing.assert_array_equal(window[..., :3], whole[y0:y1, x0:x1, :3])
+    blended = jpeg.decode_window(data, header, (0, 0, 160, 192))
+    # Coloured noise: photographs are a tenth of a level apart.
+    assert 0 < np.abs(whole[..., :3].astype(int) - blended).mean() < 2
+
+
 @pytest.mark.parametrize("factor", [2, 4, 8])
 @pytest.mark.parametrize("interval", [0, 1])
 def test_smaller_windows_are_means_of_the_whole(factor, interval):

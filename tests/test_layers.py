@@ -34,58 +34,39 @@ def nhwc(tensor):
     return np.moveaxis(tensor.detach().numpy(), 1, -1)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 2)])
-def test_shifted_depthwise_conv_equals_grouped(size, stride):
-    x, kernel = normal(2, *size, 6), normal(3, 3, 1, 6, seed=1, scale=0.3)
-    cotangent = normal(2, *(-(-side // stride) for side in size), 6, seed=2)
+def run_conv(conv, x, kernel, stride, cotangent):
+    """Its output, and the gradients of the input and of the kernel."""
+    out, pull = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
+    return out, *pull(cotangent)
 
-    def run(conv):
-        out, pull = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
-        return out, *pull(cotangent)
 
-    ours = jax.jit(functools.partial(run, layers.depthwise_conv_shifted))()
-    plain = jax.jit(functools.partial(run, layers.depthwise_conv_reference))()
-    for a, b in zip(ours, plain, strict=True):
+def check_conv(conv, reference, sides, kernel, stride):
+    """Holds a form of a convolution to the plain one, compiled, in float32 and bfloat16."""
+    x = normal(2, *sides, 6 if kernel.shape[2] == 1 else kernel.shape[2])
+    cotangent = normal(2, *(-(-side // stride) for side in sides), kernel.shape[-1], seed=2)
+    plain = jax.jit(functools.partial(run_conv, reference, stride=stride))
+    ours = jax.jit(functools.partial(run_conv, conv, stride=stride))
+    expected = plain(x, kernel, cotangent=cotangent)
+    for a, b in zip(ours(x, kernel, cotangent=cotangent), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=ATOL)
-
-
-def test_shifted_depthwise_conv_keeps_bfloat16_close():
-    x, kernel = normal(2, 7, 7, 4), normal(3, 3, 1, 4, seed=1)
-    cotangent = normal(2, 7, 7, 4, seed=2)
     half = [jnp.asarray(a, jnp.bfloat16) for a in (x, kernel, cotangent)]
-    _, pull = jax.vjp(lambda x, k: layers.depthwise_conv_shifted(x, k, 1), *half[:2])
-    _, pull_reference = jax.vjp(lambda x, k: layers.depthwise_conv_reference(x, k, 1), x, kernel)
-    for ours, plain in zip(pull(half[2]), pull_reference(cotangent), strict=True):
-        assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.float32(ours), plain, atol=0.03 * np.abs(plain).max())
+    for a, b in zip(ours(*half[:2], cotangent=half[2]), expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(a), b, atol=0.03 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("sides", [(8, 8), (7, 5), (1, 2)])
+def test_shifted_depthwise_conv_equals_grouped(sides, stride):
+    check_conv(layers.depthwise_conv_shifted, layers.depthwise_conv_reference, sides,
+               normal(3, 3, 1, 6, seed=1, scale=0.3), stride)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2), (5, 1)])
 @pytest.mark.parametrize("sides", [(8, 8), (7, 5), (1, 2)])
 def test_conv_by_patches_equals_conv(sides, size, stride):
-    x, kernel = normal(2, *sides, 3), normal(size, size, 3, 4, seed=1, scale=0.2)
-    cotangent = normal(2, *(-(-side // stride) for side in sides), 4, seed=2)
-
-    def run(conv):
-        out, pull = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
-        return out, *pull(cotangent)
-
-    ours = jax.jit(functools.partial(run, layers.conv_by_patches))()
-    plain = jax.jit(functools.partial(run, layers.conv_reference))()
-    for a, b in zip(ours, plain, strict=True):
-        np.testing.assert_allclose(a, b, atol=ATOL)
-
-
-def test_conv_by_patches_keeps_bfloat16_close():
-    x, kernel = normal(2, 8, 8, 3), normal(3, 3, 3, 4, seed=1)
-    cotangent = normal(2, 4, 4, 4, seed=2)
-    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, kernel, cotangent)]
-    _, pull = jax.vjp(lambda x, k: layers.conv_by_patches(x, k, 2), *half[:2])
-    _, pull_reference = jax.vjp(lambda x, k: layers.conv_reference(x, k, 2), x, kernel)
-    for ours, plain in zip(pull(half[2]), pull_reference(cotangent), strict=True):
-        assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.float32(ours), plain, atol=0.03 * np.abs(plain).max())
+    check_conv(layers.conv_by_patches, layers.conv_reference, sides,
+               normal(size, size, 3, 4, seed=1, scale=0.2), stride)
 
 
 @pytest.mark.parametrize(("backend", "depthwise", "dense"), [
@@ -105,6 +86,29 @@ def test_project_is_the_same_on_every_backend(monkeypatch):
     flat = layers.project(x, kernel)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     np.testing.assert_allclose(flat, layers.project(x, kernel), atol=ATOL)
+
+
+def test_heads_projected_apart_equal_those_of_one_product():
+    B, N, h, d = 2, 5, 3, 4
+    arguments = normal(B, N, h * d), normal(h * d, 3 * h * d, seed=1), normal(3 * h * d, seed=2)
+
+    def run(form):
+        parts, pull = jax.vjp(lambda *args: form(*args, h), *arguments)
+        return *parts, *pull([normal(*part.shape, seed=3 + i) for i, part in enumerate(parts)])
+
+    one, three = (run(form) for form in (layers.project_heads_reference,
+                                         layers.project_heads_apart))
+    for a, b in zip(one, three, strict=True):
+        np.testing.assert_allclose(a, b, atol=ATOL)
+
+
+@pytest.mark.parametrize(("backend", "tokens", "form"), [
+    ("cpu", 49, "project_heads_reference"), ("cpu", 4096, "project_heads_apart"),
+    ("tpu", 49, "project_heads_apart")])
+def test_form_of_the_heads_follows_backend_and_tokens(monkeypatch, backend, tokens, form):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(layers, form, lambda *_: form)
+    assert layers.project_heads(np.zeros((2, tokens, 64)), None, None, 1) == form
 
 
 def test_gelu_is_exact():

@@ -52,6 +52,22 @@ def test_gradient_needs_no_dense_target():
     assert memory.temp_size_in_bytes < 0.1 * 4 * B * C  # beside logits and gradient
 
 
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+def test_what_all_logits_have_in_common_costs_no_digits(offset):
+    classes, k = 21841, 100
+    index, prob = draw_target(classes, k)
+    logits = np.random.default_rng(1).normal(size=(5, classes)) * 3
+    logits = np.round(logits * 64) / 64  # so that the offset changes no logit by rounding
+
+    def run(x):
+        return jax.value_and_grad(
+            lambda x: stored_logits.sparse_cross_entropy(x, index, prob).sum())(x)
+
+    plain, moved = run(np.float32(logits)), run(np.float32(logits + offset))
+    np.testing.assert_array_equal(moved[0], plain[0])
+    np.testing.assert_array_equal(moved[1], plain[1])
+
+
 def apply_identity(variables, images, key):
     return images, {"new": key}
 

@@ -106,6 +106,19 @@ def test_shrinking_gives_the_pixels_of_opencv_on_bytes(size):
         assert np.array_equal(ops.resize(image, 96, 80), expected)
 
 
+@pytest.mark.parametrize("size", [(90, 70), (150, 130), (40, 50)], ids=["equal", "grow", "shrink"])
+def test_a_fourth_byte_changes_no_pixel(size):
+    image = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    four = np.dstack([image, np.full((90, 70), 7, np.uint8)])[:, ::-1][:, ::-1]
+    for bilinear in (False, True):
+        plain = ops.resize(image, *size, bilinear)
+        resized = ops.resize(four, *size, bilinear)
+        assert np.array_equal(ops.as_rgb(resized), plain)
+        assert np.array_equal(ops.flip(resized), plain[:, ::-1])
+        assert ops.as_rgb(resized).flags.c_contiguous
+    assert np.array_equal(ops.as_rgb(image[::2]), image[::2])
+
+
 def test_resize_does_not_alias():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 254

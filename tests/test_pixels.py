@@ -75,14 +75,28 @@ def test_fast_geometry_is_near_the_exact():
     assert augment.rand_augment.FAST["Invert"] is augment.rand_augment.OPERATIONS["Invert"]
 
 
-def test_a_plain_file_and_its_decoded_image_give_one_fast_view():
-    """At a fraction of the size they differ; where none is taken they do not."""
-    spec = make_spec(224, pixels="fast")
-    data = encode(soft_image(300, 400))
-    for seed in range(20):
-        view = augment.sample_view(seed, spec)
-        assert np.array_equal(augment.replay(data, "x", seed, spec),
-                              augment.apply_view(ops.decode(data, "x"), view, spec))
+@pytest.mark.parametrize(("options", "bound"), [
+    ((), 2.0), ((cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444), 0.0)],
+    ids=["shared colours", "a colour for each pixel"])
+def test_a_plain_file_and_its_decoded_image_give_one_fast_view(options, bound):
+    """But for colours that pixels share, and at a fraction of the size, which is not taken here."""
+    spec = make_spec(224, pixels="fast", **BARE)
+    data = encode(soft_image(300, 400), *options)
+    apart = [mean_difference(augment.replay(data, "x", seed, spec),
+                             augment.apply_view(ops.decode(data, "x"),
+                                                augment.sample_view(seed, spec), spec))
+             for seed in range(20)]
+    assert max(apart) <= bound
+    assert any(apart) == (bound > 0)
+
+
+def test_a_window_that_cannot_be_cut_is_the_same_view(monkeypatch):
+    spec = make_spec(pixels="exact")
+    data = encode(soft_image(120, 160))
+    expected = [augment.replay(data, "x", seed, spec) for seed in range(8)]
+    monkeypatch.setattr(ops.jpeg, "decode_window", lambda *_: None)  # as for a damaged file
+    for seed, view in enumerate(expected):
+        np.testing.assert_array_equal(augment.replay(data, "x", seed, spec), view)
 
 
 def test_bilinear_shrinks_to_half_at_most():

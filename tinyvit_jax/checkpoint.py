@@ -60,12 +60,30 @@ class Checkpoints:
         try:
             return self._checkpointer.load(step, abstract)
         except (ValueError, KeyError, TypeError) as error:
+            if self._differs_in_optimizer_alone(step, abstract):
+                raise CheckpointError(
+                    f"The checkpoint {path} holds this model, and the state of another optimiser: "
+                    f"an earlier release of tinyvit_jax wrote it, or another optim. Finish the run "
+                    f"with what began it; or start a new one from its weights, in another "
+                    f"--workdir, with --config.model.init_from={self.folder.parent}"
+                ) from error
             raise CheckpointError(
                 f"The checkpoint {path} does not fit this model or is damaged: "
                 f"{_reason(error)}. If the config changed, use another --workdir; if "
                 f"the file is damaged, delete {path} and start again: the run resumes from the "
                 f"checkpoint before it."
             ) from error
+
+    def _differs_in_optimizer_alone(self, step: int, like: Any) -> bool:
+        """Whether a checkpoint's list of arrays fits but for those of the optimiser."""
+        try:
+            saved = self._checkpointer.metadata(step).metadata
+        except (ValueError, KeyError, TypeError, OSError):
+            return False
+        parts = like if isinstance(like, dict) else like._asdict()
+        return isinstance(saved, dict) and saved.keys() == parts.keys() and [
+            name for name, part in parts.items() if _shapes(part) != _shapes(saved[name])
+        ] == ["opt_state"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -140,6 +158,12 @@ def _only(saved: dict, names: tuple[str, ...]) -> dict:
 
     return {name: jax.tree.map(array if name in names else lambda _: ocp.PLACEHOLDER, part)
             for name, part in saved.items()}
+
+
+def _shapes(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """The arrays of a tree by path, however their containers are called."""
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), tuple(x.shape))
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _reason(error: BaseException) -> str:

@@ -27,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cli.keep_freed_memory()
     cli.run_command(main)

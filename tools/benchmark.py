@@ -91,7 +91,6 @@ def main(argv: list[str] | None = None) -> None:
     """Reads the command line, measures, prints and writes."""
     args, settings = _parse(argv)
     command = COMMANDS[args.command]
-    cli.keep_freed_memory()  # as a run does; it serves PyTorch in the same process as well
     began = time.perf_counter()
 
     def say(line: str) -> None:
@@ -116,4 +115,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    cli.keep_freed_memory()  # as a run does; it serves PyTorch in the same process as well
     main()

@@ -14,6 +14,7 @@ only `replay` and `sample_mix` know them.
 import functools
 import itertools
 import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -86,13 +87,17 @@ def replay(data: bytes, name: str, seed: int, spec: Spec) -> np.ndarray:
     """
     if spec.spec == "microsoft":
         return microsoft.replay(data, name, seed, spec)
-    view = sample_view(seed, spec)
     if spec.spec != "imagenet":
-        return apply_view(ops.decode(data, name), view, spec)
+        return apply_view(ops.decode(data, name), sample_view(seed, spec), spec)
     size = spec.image_size
     fast = spec.pixels == "fast"
-    window = ops.decode_window(data, name, functools.partial(crop_box, view, spec),
-                               enough=size if fast else 0)
+    view = _sample_but_crop(seed, spec)
+
+    def place(height: int, width: int) -> Box:
+        # Mostly the first attempt fits, and to draw all ten takes as long as all the other draws.
+        return _place_crop(_draw_crops(seed, spec), view, spec, height, width)
+
+    window = ops.decode_window(data, name, place, enough=size if fast else 0)
     return _finish(ops.resize(window, size, size, fast), view, spec)
 
 
@@ -107,13 +112,21 @@ def sample_view(seed: int, spec: Spec) -> View:
                         "augment.replay, or microsoft.sample_view with the image's size.")
     if spec.spec == "none":
         return View((), 0.0, 0.0, False, (), NO_BOX, 0)
-    crop: tuple[tuple[float, float], ...] = ()
-    if spec.spec == "imagenet":
-        crop = tuple(_area_and_ratio(seed, _CROP_TRY + 2 * i, spec.scale, spec.ratio)
-                     for i in range(_ATTEMPTS))
+    crop = tuple(_draw_crops(seed, spec)) if spec.spec == "imagenet" else ()
+    return _sample_but_crop(seed, spec)._replace(crop=crop)
+
+
+def _draw_crops(seed: int, spec: Spec) -> Iterator[tuple[float, float]]:
+    """Every attempt at a crop, drawn as one looks at it."""
+    return (_area_and_ratio(seed, _CROP_TRY + 2 * i, spec.scale, spec.ratio)
+            for i in range(_ATTEMPTS))
+
+
+def _sample_but_crop(seed: int, spec: Spec) -> View:
+    """A view without attempts at a crop."""
     box = _sample_erased(seed, spec)
     return View(
-        crop=crop,
+        crop=(),
         top=draws.unit(seed, _TOP),
         left=draws.unit(seed, _LEFT),
         flip=draws.unit(seed, _FLIP) < spec.flip,
@@ -175,7 +188,12 @@ def crop_box(view: View, spec: Spec, height: int, width: int) -> Box:
     The first attempt that fits is taken; where none of them does, the largest central crop whose
     aspect ratio is allowed (the rule of torchvision and timm).
     """
-    for area, ratio in view.crop:
+    return _place_crop(view.crop, view, spec, height, width)
+
+
+def _place_crop(attempts: Iterable[tuple[float, float]], view: View, spec: Spec, height: int,
+                width: int) -> Box:
+    for area, ratio in attempts:
         w = round(math.sqrt(area * height * width * ratio))
         h = round(math.sqrt(area * height * width / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -214,8 +232,8 @@ def apply_view(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
 
 
 def _finish(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
-    """All of a view after its crop: uint8 [S, S, 3] -> the same."""
-    image = ops.flip(image) if view.flip else np.ascontiguousarray(image)
+    """All of a view after its crop: uint8 [S, S, 3], or 4 bytes a pixel, -> [S, S, 3]."""
+    image = ops.flip(image) if view.flip else ops.as_rgb(image)
     operations = rand_augment.FAST if spec.pixels == "fast" else rand_augment.OPERATIONS
     for name, argument in view.ops:
         image = operations[name](image, argument, spec.fill)

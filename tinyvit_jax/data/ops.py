@@ -77,12 +77,14 @@ def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
         data: the file's bytes.
         name: what to call the image in an error.
         place: fn(height, width of the image in pixels) -> the window, inside of it.
-        enough: where both sides of the window have twice (4, 8 times) as many pixels, a plain JPEG
-            is decoded at 1/2 (1/4, 1/8) of its size. 0 = never.
+        enough: 0, or the fast way for plain JPEGs: where both sides of the window have twice (4, 8
+            times) as many pixels, they are decoded at 1/2 (1/4, 1/8) of their size, and the colour
+            that pixels share is not blended with their neighbours'.
 
     Returns:
-        uint8 [y1 - y0, x1 - x0, 3] RGB: the pixels that `decode` gives there; or of that by 2, 4
-        or 8.
+        uint8 [y1 - y0, x1 - x0, 3] RGB: with enough=0 the pixels that `decode` gives there. Else
+        near them, as many or 1/2, 1/4, 1/8 of each side, and mostly with a fourth byte of no
+        meaning: `resize` and `flip` take these, `as_rgb` drops it.
 
     Raises:
         ImageError: for bytes that are no image, or not all of one.
@@ -92,7 +94,7 @@ def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
     header = jpeg.read_header(data)
     if header is not None:
         box = place(header.height, header.width)
-        window = jpeg.decode_window(data, header, box, _find_factor(box, enough))
+        window = jpeg.decode_window(data, header, box, _find_factor(box, enough), enough > 0)
         if window is not None:
             return window
     image = _decode_by_opencv(data, name)
@@ -160,14 +162,14 @@ def resize(image: np.ndarray, height: int, width: int, bilinear: bool = False) -
     Area averaging avoids aliasing as PIL's widened bicubic does, a little softer and much faster.
 
     Args:
-        image: uint8 [h, w, 3].
+        image: uint8 [h, w, 3], or 4 bytes a pixel.
         height: rows of the result.
         width: columns of the result.
         bilinear: interpolate from four pixels where no side shrinks to less than half: three times
             as fast again, a little sharper with some aliasing (what tf.image.resize does).
 
     Returns:
-        uint8 [height, width, 3].
+        uint8 [height, width, 3], or 4 bytes as they came.
     """
     h, w = image.shape[:2]
     if (h, w) == (height, width):
@@ -255,10 +257,18 @@ def crop(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """Mirrors left and right."""
+    """Mirrors left and right: uint8 [H, W, 3], or with a fourth byte, -> [H, W, 3]."""
     # OpenCV mirrors four channels by vector instructions and three one by one.
-    four = cv2.flip(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), 1)
-    return cv2.cvtColor(four, cv2.COLOR_RGBA2RGB)
+    if image.shape[2] == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
+    return as_rgb(cv2.flip(image, 1))
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Drops a fourth byte: uint8 [H, W, 3], or with one, -> [H, W, 3], one row after the other."""
+    if image.shape[2] == 4:
+        return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
+    return np.ascontiguousarray(image)
 
 
 def pad(image: np.ndarray, width: int) -> np.ndarray:

@@ -41,18 +41,20 @@ def _cross_entropy(logits: jax.Array, index: jax.Array, prob: jax.Array, rest: j
 
 
 def _forward(logits, index, prob, rest):
-    x = logits.astype(jnp.float32)
-    log_total = jax.nn.logsumexp(x, axis=-1)
+    # From the largest logit, so that what all have in common costs the sums no digits.
+    largest = logits.max(-1, keepdims=True)
+    x = logits.astype(jnp.float32) - largest
+    log_total = jnp.log(jnp.exp(x).sum(-1))
     above = prob - rest[:, None]
     mass = above.sum(-1) + rest * x.shape[-1]
     stored = (above * jnp.take_along_axis(x, index, axis=-1)).sum(-1)
     loss = mass * log_total - stored - rest * x.sum(-1)
-    return loss, (logits, log_total, index, above, rest, mass)
+    return loss, (logits, largest, log_total, index, above, rest, mass)
 
 
 def _backward(saved, grad):
-    logits, log_total, index, above, rest, mass = saved
-    student = jnp.exp(logits.astype(jnp.float32) - log_total[:, None])
+    logits, largest, log_total, index, above, rest, mass = saved
+    student = jnp.exp(logits.astype(jnp.float32) - largest - log_total[:, None])
     dense = grad[:, None] * (mass[:, None] * student - rest[:, None])
     # By rows, so that a batch cut over devices stays where it is.
     scattered = jax.vmap(lambda row, i, v: row.at[i].add(-v))(dense, index, grad[:, None] * above)
