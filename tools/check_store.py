@@ -34,4 +34,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    cli.keep_freed_memory()  # the teacher runs here
     cli.run_command(main)

@@ -85,4 +85,5 @@ def _print_pilot(config: ml_collections.ConfigDict, workdir: Path, data, needs) 
 
 
 if __name__ == "__main__":
+    cli.keep_freed_memory()  # the teacher runs here
     cli.run_command(main)
