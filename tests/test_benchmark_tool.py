@@ -178,12 +178,11 @@ def test_a_rival_learns():
     from reference.torch_tinyvit import randomize
 
     model = create_model("tiny_vit", 5, 32, window_sizes=(4, 4, 2, 1), **SHAPE)
-    rivals = bench_torch.make_rivals(model, "", False, False, "cpu", True, 1)
-    assert rivals.autocast == torch.bfloat16
-    module = randomize(rivals.modules["PyTorch"]).train()
+    rival = bench_torch.Rival("PyTorch", bfloat16=True)
+    module = randomize(bench_torch.make_module(rival, model)).train()
     before = {name: value.clone() for name, value in module.named_parameters()}
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    bench_torch._make_training(module, images, labels, rivals)(1)
+    bench_torch._make_training(module, images, labels, rival)(1)
     moved = [name for name, value in module.named_parameters() if not value.equal(before[name])]
     assert moved == list(before)
 

@@ -134,18 +134,15 @@ def probe_steps() -> None:
 
     from tinyvit_jax.models import TinyViT
 
-    with bench_timing.one_cpu():
+    with bench_timing.one_cpu():  # and so are the processes that it starts
         # One block of each kind: compiling costs more than measuring.
         model = TinyViT(10, 64, embed_dims=(32, 64, 96, 160), depths=(1, 1, 0, 0),
                         num_heads=(1, 2, 3, 5), window_sizes=(4, 4, 4, 2))
-        rivals = bench_torch.make_rivals(model, "", False, False, "cpu", False, 1)
+        rivals, _ = bench_torch.find_rivals("", False, False, "cpu", False, 1)
         found = {}
         for what, train in (("inference", False), ("training", True)):
-            turns = {"ours": bench_step.make_ours(model, train, 8)[0],
-                     **bench_torch.make_turns(rivals, train, 8, 64, 10, print)[0]}
-            counted = {name: bench_step.count_steps(turn, 8, 0.05) for name, turn in turns.items()}
-            _, busy = bench_timing.race(counted, 0, 7)
-            medians = {name: float(np.median(values)) for name, values in busy.items()}
-            ours = medians.pop("ours")
+            case = bench_step.race_case(rivals, model, train, 8, 0, print, 0.05)
+            medians = {row["what"]: row["per_cpu_second"] for row in case["rows"]}
+            ours = medians.pop(bench_step.OURS)
             found[what] = ours, max(medians.values())
     print(json.dumps(found))

@@ -117,9 +117,13 @@ def time_imports(repeats: int) -> list[dict[str, Any]]:
 
 
 def _environment(cache: Path | None = None) -> dict[str, str]:
-    """This process's own, the package on its path, and a place for compiled programs."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": paths} | (
+    """A user's: this one's, the package on its path, and a place for compiled programs.
+
+    What `cli.keep_freed_memory` told this process, the command must tell itself, as it would.
+    """
+    own = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), own.get("PYTHONPATH", "")]))
+    return own | {"PYTHONPATH": paths} | (
         {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {})
 
 

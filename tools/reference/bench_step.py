@@ -1,10 +1,11 @@
 """Measures inference and the training step of a model, against PyTorch in the same run.
 
-Both sides have the whole machine in turn, their data on the device already, and as many threads as
-there are CPUs. Nothing is raced before it was compiled and had run. Where JAX has an accelerator,
-PyTorch must have the same one.
+Each contender has a process of its own and the whole machine in turn, its data on the device
+already, and as many threads as there are CPUs. Nothing is raced before it was compiled and had run.
+Where JAX has an accelerator, PyTorch must have the same one.
 """
 
+import contextlib
 import importlib.util
 import os
 import time
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reference import bench_report
-from reference.bench_timing import count_cpus, race, race_rows
+from reference import bench_process, bench_report
+from reference.bench_timing import count_cpus, race_rows, race_speeds
 
 OURS = "tinyvit_jax"
 _ROUNDS = 5
@@ -97,7 +98,7 @@ def measure(settings: Settings, folder: Any, say: Callable[[str], None]) -> dict
         "device", "dtype", "macs", "parameters", "peak_tflops" (None where unknown), "notes", and
         "cases": for each batch size the rows of the race and the name of the best rival.
     """
-    # Two frameworks share an accelerator: neither may take all its memory at the start.
+    # The contenders share an accelerator: none may take all its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -110,7 +111,7 @@ def measure(settings: Settings, folder: Any, say: Callable[[str], None]) -> dict
     dtype = settings.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     # PyTorch's classes know no other classes' windows, so the shape is that of the image size.
     model = create_model(settings.model, settings.classes, settings.image_size or None, dtype=dtype)
-    rivals, notes = _find_rivals(settings, model, device.platform, dtype == "bfloat16")
+    rivals, notes = _find_rivals(settings, device.platform, dtype == "bfloat16")
     peak = settings.peak_tflops or find_peak(device.device_kind)
     found: dict[str, Any] = {
         "device": f"{device.platform} ({device.device_kind})", "dtype": dtype,
@@ -118,7 +119,7 @@ def measure(settings: Settings, folder: Any, say: Callable[[str], None]) -> dict
         "macs": cost.count_macs(model), "peak_tflops": peak, "notes": notes, "cases": []}
     for train, sizes in ((False, settings.batch_sizes), (True, settings.train_batches)):
         for batch in sizes if sizes != (0,) else ():
-            found["cases"].append(_race_case(settings, model, rivals, train, batch, say))
+            found["cases"].append(race_case(rivals, model, train, batch, settings.seconds, say))
             for row in found["cases"][-1]["rows"]:
                 flops = 2 * found["macs"] * (3 if train else 1) * row["median"]
                 row["utilisation"] = flops / (peak * 1e12) if peak else None
@@ -130,39 +131,52 @@ def find_peak(kind: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name.lower() in kind.lower()), None)
 
 
-def _find_rivals(settings: Settings, model: Any, platform: str, bfloat16: bool
-                 ) -> tuple[Any, list[str]]:
-    """PyTorch's side, or None and the reason."""
+def _find_rivals(settings: Settings, platform: str, bfloat16: bool) -> tuple[list[Any], list[str]]:
+    """PyTorch's side and notes, or none and the reason."""
     if importlib.util.find_spec("torch") is None:
-        return None, ["PyTorch is not installed, so ours ran alone."]
+        return [], ["PyTorch is not installed, so ours ran alone."]
     import torch
 
     from reference import bench_torch
 
     devices = {"cpu": "cpu"} | ({"gpu": "cuda"} if torch.cuda.is_available() else {})
     if platform not in devices:
-        return None, [f"PyTorch has no access to the {platform} that JAX uses, so ours ran alone."]
-    rivals = bench_torch.make_rivals(model, settings.microsoft, settings.timm, not settings.eager,
-                                     devices[platform], bfloat16, count_cpus())
-    return rivals, list(rivals.notes)
+        return [], [f"PyTorch has no access to the {platform} that JAX uses, so ours ran alone."]
+    return bench_torch.find_rivals(settings.microsoft, settings.timm, not settings.eager,
+                                   devices[platform], bfloat16, count_cpus())
 
 
-def _race_case(settings: Settings, model: Any, rivals: Any, train: bool, batch: int,
-               say: Callable[[str], None]) -> dict[str, Any]:
-    """One batch size of inference or training."""
+def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: float,
+              say: Callable[[str], None], turn: float = _TURN) -> dict[str, Any]:
+    """One batch size of inference or training.
+
+    Args:
+        rivals: of bench_torch.find_rivals.
+        model: ours.
+        train: whole updates, or inference.
+        batch: images of a step.
+        seconds: that each contender runs for, about.
+        say: takes a line of progress.
+        turn: seconds of one, about.
+
+    Returns:
+        "train", "batch", the name of the "best" rival or None, the "rows" of the race, and
+        "ours_against" each rival.
+    """
     what = f"{'training' if train else 'inference'} at batch {batch}"
-    say(f"compiles {what}")
-    ours, compiled = make_ours(model, train, batch)
-    turns, first = {OURS: ours}, {OURS: compiled}
-    if rivals is not None:
-        from reference import bench_torch
-
-        own_turns, own_first = bench_torch.make_turns(
-            rivals, train, batch, model.image_size, model.num_classes, say)
-        turns, first = turns | own_turns, first | own_first
-    say(f"races {what}: {len(turns)} contenders")
-    counted = {name: count_steps(turn, batch) for name, turn in turns.items()}
-    speeds, busy = race(counted, settings.seconds, _ROUNDS)
+    makers: dict[str, tuple[Any, ...]] = {
+        OURS: (_make_counted, make_ours, turn, batch, model, train, batch)}
+    for rival in rivals:
+        makers[rival.name] = (_make_counted, make_rival, turn, batch, rival, model, train, batch)
+    with contextlib.ExitStack() as stack:
+        contenders, first = {}, {}
+        for name, maker in makers.items():  # one after the other: compiling takes the machine
+            say(f"{what}: {name} begins")
+            contenders[name] = stack.enter_context(bench_process.start(name, *maker))
+            first[name] = contenders[name].wait()
+        say(f"races {what}: {len(contenders)} contenders")
+        speeds, busy = race_speeds({name: one.speed for name, one in contenders.items()}, seconds,
+                                   _ROUNDS)
     others = {name: float(np.median(values)) for name, values in speeds.items() if name != OURS}
     best = max(others, key=lambda name: others[name], default=None)
     rows = [row | {"per_cpu_second": float(np.median(busy[row["what"]])),
@@ -172,8 +186,21 @@ def _race_case(settings: Settings, model: Any, rivals: Any, train: bool, batch: 
     return {"train": train, "batch": batch, "best": best, "rows": rows, "ours_against": ratio}
 
 
-def count_steps(turn: Callable[[int], None], batch: int, seconds: float = _TURN
-                ) -> Callable[[], int]:
+def _make_counted(make: Callable[..., tuple[Callable[[int], None], float]], seconds: float,
+                  batch: int, *args: Any) -> tuple[Callable[[], int], float]:
+    """A contender's turn, counted in images; runs in the contender's process."""
+    turn, first = make(*args)
+    return count_steps(turn, batch, seconds), first
+
+
+def make_rival(rival: Any, *args: Any) -> tuple[Callable[[int], None], float]:
+    """bench_torch.make_turn, where importing torch is left to the contender's process."""
+    from reference import bench_torch
+
+    return bench_torch.make_turn(rival, *args)
+
+
+def count_steps(turn: Callable[[int], None], batch: int, seconds: float) -> Callable[[], int]:
     """A turn of as many steps as fill so many seconds, counted in images."""
     turn(1)
     began = time.perf_counter()
@@ -256,11 +283,11 @@ def _make_training(model: Any, batch: int) -> tuple[Callable[[int], None], float
 
 
 _RACE = """\
-Images a second: median and quartiles of turns of about {turn} s, taken in rotation; the ratio is
-that of the same rounds to the best rival. First: seconds of compiling (ours), or of the first two
-steps with whatever they compile (PyTorch). Training is one whole update from a batch on the device:
-{dtype} forward and backward, smoothed cross-entropy, the gradient cut to length 5, AdamW; ours
-normalises uint8 images in it."""
+Images a second: median and quartiles of turns of about {turn} s, taken in rotation, each contender
+in a process of its own; the ratio is that of the same rounds to the best rival. First: seconds of
+compiling (ours), or of the first two steps with whatever they compile (PyTorch). Training is one
+whole update from a batch on the device: {dtype} forward and backward, smoothed cross-entropy, the
+gradient cut to length 5, AdamW; ours normalises uint8 images in it."""
 
 
 def format_result(result: dict[str, Any]) -> str:
