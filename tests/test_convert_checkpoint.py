@@ -80,8 +80,8 @@ def test_a_difference_is_an_error(run, trained, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     convert_to = weights.convert_to
 
-    def wrong(variables, layout="microsoft"):
-        state = convert_to(variables, layout)
+    def wrong(model, variables, layout="microsoft"):
+        state = convert_to(model, variables, layout)
         return state | {"layers.3.blocks.0.attn.proj.weight":
                         state["layers.3.blocks.0.attn.proj.weight"].T.copy()}
 
@@ -96,8 +96,8 @@ def test_strict_loading_finds_a_missing_key(run, trained, tmp_path, monkeypatch)
     pytest.importorskip("torch")
     convert_to = weights.convert_to
 
-    def wrong(variables, layout="microsoft"):
-        state = convert_to(variables, layout)
+    def wrong(model, variables, layout="microsoft"):
+        state = convert_to(model, variables, layout)
         del state["patch_embed.seq.0.bn.weight"]
         return state
 

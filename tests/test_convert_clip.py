@@ -60,7 +60,7 @@ def test_a_model_of_ours_loads_strictly_in_torch(reference):
     again = convert.from_torch(state, model)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
     with pytest.raises(WeightsError, match="layout of microsoft only"):
-        weights.convert_to(variables, "timm")
+        weights.convert_to(model, variables, "timm")
 
 
 def test_halves_prefixes_and_wrappers():
@@ -179,7 +179,7 @@ def test_the_shape_is_read_off_a_file():
 def test_a_file_alone_and_a_folder_of_ours(tmp_path):
     variables = random_variables(make_small())
     path = tmp_path / "clip.safetensors"
-    files.write_state(path, weights.convert_to(variables))
+    files.write_state(path, weights.convert_to("clip_vit", variables))
     opened = weights.open_trained(path, class_names=tiny.CLASSES)
     assert opened.model == make_small()
     assert (opened.mean, opened.std) == (convert.MEAN, convert.STD)

@@ -209,7 +209,7 @@ def test_files_and_how_to_give_one_its_own_normalisation(first, workdirs, tmp_pa
     """A file takes the section's; converted with its own it keeps that, whatever stands there."""
     monkeypatch.setattr(convert_checkpoint, "check", lambda *_, **__: [])
     file, folder, names = (tmp_path / name for name in ("w.safetensors", "own", "names.txt"))
-    files.write_state(file, weights.convert_to(first.variables))
+    files.write_state(file, weights.convert_to("tiny_vit", first.variables))
     names.write_text("\n".join(tiny.CLASSES))
 
     def convert(target, *arguments):
@@ -286,7 +286,7 @@ def finish(*processes):
 def test_cut_over_four_devices_of_one_and_of_two_processes(first, tmp_path):
     """Weights in quarters, rows with their process, a function of one's own among them."""
     file = tmp_path / "w.safetensors"
-    files.write_state(file, weights.convert_to(first.variables))
+    files.write_state(file, weights.convert_to("tiny_vit", first.variables))
     config = make_config(weights=str(file), ensemble=("test_teachers:bright",))
     expected = run(make_teacher(config, temperature=2.0), make_pixels(8))
     with socket.socket() as s:

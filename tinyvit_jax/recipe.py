@@ -362,7 +362,7 @@ def export(workdir: Path, path: Path) -> str:
     """Writes a run's weights in Microsoft's key layout; returns the file's name."""
     trained = weights.load_run(workdir)  # in every process: they read a checkpoint together
     if jax.process_index() == 0:
-        files.write_state(str(path), weights.convert_to(trained.variables))
+        files.write_state(str(path), weights.convert_to(trained.model, trained.variables))
     return path.name
 
 

@@ -79,8 +79,7 @@ def list_members(config: ml_collections.ConfigDict) -> list[ml_collections.Confi
         function = ":" in entry and not Path(entry).exists()
         section.update({"name": entry if function else "", "weights": "" if function else entry,
                         "image_size": 0})
-        section.update(dict.fromkeys(("embed_dims", "depths", "num_heads", "window_sizes",
-                                      "stem_strides"), ()))
+        section.update({key: type(section[key])() for key in weights.list_shape_keys(section)})
         if Path(entry).is_dir():
             section.mean, section.std = (), ()
         sections.append(section)

@@ -13,8 +13,11 @@ from tinyvit_jax import checkpoint, heads, log, models
 from tinyvit_jax.convert import clip, files, shape, tinyvit
 from tinyvit_jax.convert.files import WeightsError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CONVERTERS: dict[str, Any] = {"tiny_vit": tinyvit, "clip_vit": clip}  # by models.FAMILIES
+IMAGENET_MEAN, IMAGENET_STD = tinyvit.MEAN, tinyvit.STD
+# By models.FAMILIES. Each has owns (a state dict is this family's), from_torch, to_torch,
+# count_classes, infer_shape (create_model's settings, from a state dict and a number of heads or 0;
+# a TinyViT's is shape.py), and the MEAN, STD and CROP_RATIO that weights are made with by habit.
+_CONVERTERS: dict[str, Any] = {"tiny_vit": tinyvit, "clip_vit": clip}
 
 
 class Trained(NamedTuple):
@@ -30,26 +33,28 @@ class Trained(NamedTuple):
 
 
 def make_model(section: ml_collections.ConfigDict, num_classes: int, image_size: int = 0,
-               drop_path: float = 0.0, dtype: str = "float32", remat: bool = False,
-               freeze_norm: bool = False):
+               dtype: str = "float32", remat: bool = False, **options: Any):
     """The model that a `model` or `teacher` section describes.
 
     Args:
         section: holds name, image_size and the keys that override the variant's shape.
         num_classes: width of the head.
         image_size: used where the section leaves its own at 0.
-        drop_path: stochastic depth, the last block's rate.
         dtype: of activations.
         remat: recompute activations in the backward pass.
-        freeze_norm: BatchNorm uses its stored statistics while training.
+        options: of the family, such as drop_path and freeze_norm.
     """
     section = complete(section)
+    shape = {key: section[key] for key in list_shape_keys(section)}
     return models.create_model(
         section.name, num_classes, section.image_size or image_size or None,
-        embed_dims=tuple(section.embed_dims), depths=tuple(section.depths),
-        num_heads=tuple(section.num_heads), window_sizes=tuple(section.window_sizes),
-        stem_strides=tuple(section.stem_strides), drop_path=drop_path, dtype=jnp.dtype(dtype),
-        remat=remat, freeze_norm=freeze_norm)
+        dtype=jnp.dtype(dtype), remat=remat, **shape, **options)
+
+
+def list_shape_keys(section: ml_collections.ConfigDict) -> list[str]:
+    """The keys of a `model` or `teacher` section that override a variant's shape."""
+    known = {key for family in models.FAMILIES.values() for key in family.shape}
+    return [key for key in section if key in known]
 
 
 def complete(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -83,9 +88,8 @@ def find_normalisation(path: str | Path) -> tuple[tuple[float, ...], tuple[float
     if Path(path).is_dir():
         card = _read_card(path)
         return tuple(card["mean"]), tuple(card["std"])
-    if clip.is_clip(files.read_state(path)):
-        return clip.MEAN, clip.STD
-    return IMAGENET_MEAN, IMAGENET_STD
+    converter = _CONVERTERS[find_family(files.read_state(path))]
+    return converter.MEAN, converter.STD
 
 
 def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "strict",
@@ -116,9 +120,11 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
         raise WeightsError(f"The weights {path} do not exist. Give a workdir of a finished run, or "
                            f"a .pth or .safetensors file.")
     if path.is_dir():
-        state = convert_to(checkpoint.load_variables(path / "checkpoints", which)[0])
+        card = _read_card(path)
+        state = convert_to(card["model"]["name"],
+                           checkpoint.load_variables(path / "checkpoints", which)[0])
         if head == "new" and not trained_names:
-            trained_names = heads.find_names(_read_card(path)["class_names"])
+            trained_names = heads.find_names(card["class_names"])
     else:
         state = files.read_state(path)
     try:
@@ -155,20 +161,30 @@ def convert_from(state: files.State, model, head: Literal["strict", "new"] = "st
     return _CONVERTERS[models.family_of(model)].from_torch(state, model, head)
 
 
-def convert_to(variables: dict, layout: str = "microsoft") -> files.State:
-    """Names variables for a PyTorch class, by the table of the family whose they are.
+def convert_to(model: Any, variables: dict, layout: str = "microsoft") -> files.State:
+    """Names variables for a PyTorch class, by the table of the model's family.
 
     Args:
+        model: whose they are; the name of a variant will do.
         variables: {"params", "batch_stats"}.
-        layout: "microsoft", or "timm" for a TinyViT.
+        layout: "microsoft", or another that the family has.
     """
-    family = "clip_vit" if "visual" in variables["params"] else "tiny_vit"
-    return _CONVERTERS[family].to_torch(variables, layout)
+    return _CONVERTERS[models.family_of(model)].to_torch(variables, layout)
+
+
+def find_family(state: files.State) -> str:
+    """The family whose weights a state dict holds, by its keys; a TinyViT's where none claims it.
+
+    What a TinyViT's converter then finds wrong, it names.
+    """
+    own = [name for name, converter in _CONVERTERS.items()
+           if name != "tiny_vit" and converter.owns(state)]
+    return own[0] if own else "tiny_vit"
 
 
 def count_classes(state: files.State) -> int:
     """How many classes the classifier of a state dict has; 0 where it has none."""
-    return _CONVERTERS["clip_vit" if clip.is_clip(state) else "tiny_vit"].count_classes(state)
+    return _CONVERTERS[find_family(state)].count_classes(state)
 
 
 def hash_weights(variables: dict) -> str:
@@ -252,7 +268,7 @@ def resize(trained: Trained, image_size: int) -> Trained:
         own["window_sizes"] = models.scale_windows(model.window_sizes, model.image_size, image_size)
     resized = models.create_model(models.family_of(model), dtype=model.dtype, **own)
     return trained._replace(model=resized, variables=convert_from(
-        convert_to(trained.variables), resized))
+        convert_to(model, trained.variables), resized))
 
 
 def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int, ...] = (),
@@ -282,8 +298,11 @@ def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int,
         raise WeightsError(f"{path} does not exist. Give the workdir of a run, or a .pth or "
                            f".safetensors file.")
     state = files.read_state(path)
-    open_state = _open_clip if clip.is_clip(state) else _open_tiny_vit
-    trained = open_state(state, image_size, stem_strides, num_heads)
+    family = find_family(state)
+    if family == "tiny_vit":
+        trained = _open_tiny_vit(state, image_size, stem_strides, num_heads)
+    else:
+        trained = _open_other(family, state, image_size, stem_strides, num_heads)
     count = trained.model.num_classes
     if class_names and len(class_names) != count:
         raise WeightsError(f"{path} has {count} classes, and {len(class_names)} names were given. "
@@ -301,21 +320,18 @@ def _open_tiny_vit(state: files.State, image_size: int, stem_strides: tuple[int,
         stem_strides=stem_strides)
     native = models.find_image_size(model)
     model = model.copy(image_size=native or model.image_size)
-    trained = Trained(model, tinyvit.from_torch(state, model), (), IMAGENET_MEAN, IMAGENET_STD,
-                      "center", 224 / 256)
+    trained = Trained(model, tinyvit.from_torch(state, model), (), tinyvit.MEAN, tinyvit.STD,
+                      "center", tinyvit.CROP_RATIO)
     return resize(trained, image_size)
 
 
-def _open_clip(state: files.State, image_size: int, stem_strides: tuple[int, ...],
-               num_heads: tuple[int, ...]) -> Trained:
-    """A CLIP from its PyTorch weights alone, without names of classes."""
-    own = clip.infer_shape(state, num_heads[0] if num_heads else 0)
-    model = models.create_model(
-        "clip_vit", own.num_classes, own.image_size, embed_dims=own.embed_dims,
-        depths=own.depths, num_heads=num_heads or own.num_heads, stem_strides=stem_strides,
-        patch_size=own.patch_size, embed_dim=own.embed_dim)
-    log.logger.info("The weights are taken for one of OpenAI's CLIP: %d heads and the GELU "
-                    "x sigmoid(1.702 x), which no key tells.", own.num_heads[0])
-    trained = Trained(model, clip.from_torch(state, model), (), clip.MEAN, clip.STD, "center",
-                      224 / 256)
+def _open_other(family: str, state: files.State, image_size: int, stem_strides: tuple[int, ...],
+                num_heads: tuple[int, ...]) -> Trained:
+    """A model of another family from its PyTorch weights alone, without names of classes."""
+    converter = _CONVERTERS[family]
+    own = converter.infer_shape(state, num_heads[0] if num_heads else 0)._asdict()
+    own |= {"num_heads": num_heads} if num_heads else {}
+    model = models.create_model(family, stem_strides=stem_strides, **own)
+    trained = Trained(model, converter.from_torch(state, model), (), converter.MEAN, converter.STD,
+                      "center", converter.CROP_RATIO)
     return resize(trained, image_size)

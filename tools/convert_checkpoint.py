@@ -34,7 +34,7 @@ def convert(source: str, target: str, layout: str, image_size: int,
     trained = weights.open_trained(source, image_size, stem_strides, class_names)
     trained = trained._replace(mean=mean or trained.mean, std=std or trained.std)
     if is_file(target):
-        state = weights.convert_to(trained.variables, layout)
+        state = weights.convert_to(trained.model, trained.variables, layout)
         files.write_state(target, state)
         done = f"{target}: {len(state)} arrays in {layout}'s layout"
         saved = trained

@@ -20,6 +20,7 @@ from tinyvit_jax.convert.resize import bicubic_matrix
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+CROP_RATIO = 224 / 256
 HEAD_WIDTH = 64  # channels of a head in every one of OpenAI's models; no key tells it
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Model(Protocol):
         """Variables with anything that has a shape for leaves."""
 
 
-def is_clip(state: Mapping[str, Any]) -> bool:
+def owns(state: Mapping[str, Any]) -> bool:
     """Whether a state dict holds CLIP's image tower, by its keys."""
     return any(key.removeprefix("module.").startswith("visual.") for key in unwrap(state))
 
@@ -152,11 +153,14 @@ def infer_shape(state: Mapping[str, Any], num_heads: int = 0) -> Shape:
         raise WeightsError(f"these weights of CLIP have {width} channels, no multiple of "
                            f"{HEAD_WIDTH}, and no key tells how many heads share them. Give the "
                            f"number as --config.teacher.num_heads='(HEADS,)'.")
+    heads = num_heads or width // HEAD_WIDTH
+    _log.info("The weights are taken for one of OpenAI's CLIP: %d heads and the GELU "
+              "x sigmoid(1.702 x), which no key tells.", heads)
     return Shape(
         num_classes=find("head.weight", 2)[0] if "head.weight" in arrays else 0,
         image_size=math.isqrt(positions - 1) * patch_size, patch_size=patch_size,
         embed_dims=(width,), depths=(len(blocks),),
-        num_heads=(num_heads or width // HEAD_WIDTH,), embed_dim=embed_dim)
+        num_heads=(heads,), embed_dim=embed_dim)
 
 
 def count_classes(state: Mapping[str, Any]) -> int:
@@ -179,7 +183,7 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
         WeightsError: no key of an image tower.
     """
     state = unwrap(state)
-    if not is_clip(state):
+    if not owns(state):
         raise WeightsError(f"these are not CLIP's weights: no key begins with visual.; the first "
                            f"keys are {', '.join(list(state)[:5])}")
     if all(key.startswith("module.") for key in state):

@@ -29,6 +29,10 @@ class Model(Protocol):
         """Variables with anything that has a shape for leaves."""
 
 
+# ImageNet's, of pixels scaled to [0, 1], as all classifiers of TinyViT were trained.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP_RATIO = 224 / 256
+
 _log = logging.getLogger(__name__)
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}

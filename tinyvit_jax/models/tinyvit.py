@@ -1,5 +1,6 @@
 """TinyViT (Wu et al., ECCV 2022): a convolutional stage, then three of windowed attention."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,6 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinyvit_jax.models import layers
+
+_21M = {"embed_dims": (96, 192, 384, 576), "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 18)}
+
+# The original's registry. Windows are in tokens; the first stage uses neither heads nor window.
+VARIANTS: dict[str, dict] = {
+    "tiny_vit_5m_224": {
+        "image_size": 224, "embed_dims": (64, 128, 160, 320), "depths": (2, 2, 6, 2),
+        "num_heads": (2, 4, 5, 10), "window_sizes": (7, 7, 14, 7)},
+    "tiny_vit_11m_224": {
+        "image_size": 224, "embed_dims": (64, 128, 256, 448), "depths": (2, 2, 6, 2),
+        "num_heads": (2, 4, 8, 14), "window_sizes": (7, 7, 14, 7)},
+    "tiny_vit_21m_224": {"image_size": 224, **_21M, "window_sizes": (7, 7, 14, 7)},
+    "tiny_vit_21m_384": {"image_size": 384, **_21M, "window_sizes": (12, 12, 24, 12)},
+    "tiny_vit_21m_512": {"image_size": 512, **_21M, "window_sizes": (16, 16, 32, 16)},
+    # One's own: the caller gives all four.
+    "tiny_vit": {
+        "image_size": 224, "embed_dims": (), "depths": (), "num_heads": (), "window_sizes": ()},
+}
 
 
 class PatchEmbed(nn.Module):
@@ -213,3 +232,74 @@ class TinyViT(nn.Module):
         """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
         images = jnp.zeros((1, 32, 32, 3))  # no variable's shape depends on the images
         return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
+
+
+def scale_windows(window_sizes: Sequence[int], old_size: float, new_size: float
+                  ) -> tuple[int, ...]:
+    """Windows for images of another size, with the same share of their maps.
+
+    The original's rule: 7 7 14 7 at 224 pixels, 12 12 24 12 at 384, 16 16 32 16 at 512.
+    """
+    return tuple(max(1, round(w * new_size / old_size)) for w in window_sizes)
+
+
+def make_tiny_vit(name: str, variant: dict, settings: dict) -> TinyViT:
+    """A checked TinyViT, its windows scaled to its image size where none were given.
+
+    Args:
+        name: of the variant, for messages.
+        variant: its entry in VARIANTS.
+        settings: TinyViT's attributes that override the variant's.
+
+    Raises:
+        ValueError: a part of its shape or a rate that cannot work.
+    """
+    strides = _check_strides(settings.get("stem_strides", (2, 2)))
+    model = TinyViT(**{**variant, **settings, "stem_strides": strides})
+    _check_shape(name, model)
+    _check_rates(model)
+    given = "window_sizes" in settings
+    return model if given else _scale_windows(model, variant["image_size"])
+
+
+def _scale_windows(model: TinyViT, image_size: int) -> TinyViT:
+    """Gives windows that are meant for `image_size` pixels their share of this model's maps."""
+    strides = math.prod(model.stem_strides) / 4
+    return model.copy(window_sizes=scale_windows(model.window_sizes, image_size * strides,
+                                                 model.image_size))
+
+
+def _check_shape(name: str, model: TinyViT) -> None:
+    """Raises ValueError for the first part of a TinyViT's shape that cannot work."""
+    for key in ("embed_dims", "depths", "num_heads", "window_sizes"):
+        values = getattr(model, key)
+        if not values:
+            raise ValueError(f"the model {name} has no {key} of its own: give four, one for each "
+                             "stage, or choose a variant that has them, such as tiny_vit_5m_224")
+        if len(values) != 4 or not all(isinstance(v, int) and v > 0 for v in values):
+            raise ValueError(f"{key}={values} cannot work: expected four whole numbers above 0, "
+                             "one for each stage")
+    if model.embed_dims[0] % 2:
+        raise ValueError(f"embed_dims={model.embed_dims} cannot work: the stem's first "
+                         "convolution has half the first width, which must be even")
+    for stage in (1, 2, 3):
+        dim, heads = model.embed_dims[stage], model.num_heads[stage]
+        if dim % heads:
+            raise ValueError(f"stage {stage} has embed_dims {dim} and num_heads {heads}: the width "
+                             "must be a multiple of the heads; change one of the two")
+
+
+def _check_rates(model: TinyViT) -> None:
+    """Raises ValueError for a rate or ratio that cannot work."""
+    if not 0 <= model.drop_path < 1:
+        raise ValueError(f"drop_path={model.drop_path} cannot work: expected a rate in [0, 1)")
+    for key in ("expand_ratio", "mlp_ratio"):
+        if getattr(model, key) <= 0:
+            raise ValueError(f"{key}={getattr(model, key)} cannot work: expected a number above 0")
+
+
+def _check_strides(strides: Sequence[int]) -> tuple[int, int]:
+    """The stem's strides as a pair; raises ValueError for others than 1 and 2."""
+    if len(strides) != 2 or not all(s in (1, 2) for s in strides):
+        raise ValueError(f"stem_strides={tuple(strides)} cannot work: expected two, each 1 or 2")
+    return strides[0], strides[1]

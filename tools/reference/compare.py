@@ -48,7 +48,7 @@ def read_reference(path: str, model: Any, written_here: bool) -> torch.nn.Module
             what surrounds a trunk and buffers that follow from the rest do not count.
     """
     state = files.read_state(path)
-    if clip.is_clip(state):
+    if clip.owns(state):
         module: torch.nn.Module = torch_clip.TorchClip(model)
         own = clip.strip(state)
     else:
