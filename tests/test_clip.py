@@ -26,7 +26,7 @@ from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import clip as convert
 from tinyvit_jax.convert import files, tree
 from tinyvit_jax.data import pipeline
-from tinyvit_jax.models import VARIANTS, clip, create_model, describe_shape, family_of
+from tinyvit_jax.models import FAMILIES, VARIANTS, clip, create_model, describe_shape, family_of
 from tinyvit_jax.store import store as stores
 
 ROOT = Path(__file__).parents[1]
@@ -109,9 +109,11 @@ def test_a_setting_of_the_other_family_is_refused():
 
 def test_every_variant_has_a_family_and_a_shape():
     for name in VARIANTS:
-        if name in ("tiny_vit", "clip_vit"):
+        if name in FAMILIES:
             continue
         model = create_model(name, 5)
+        if "dropout" in VARIANTS[name]:  # which is of training, and no part of a shape
+            model = model.copy(dropout=0.0)
         assert family_of(name) == family_of(model)
         assert create_model(family_of(name), **describe_shape(model)) == model
 

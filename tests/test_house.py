@@ -21,10 +21,10 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
         "store.stats", "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
-          "models.clip", "models.cost"}
+          "models.clip", "models.cost", "models.tokens", "models.vit", "models.vit_blocks"}
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
-           "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "heads", "weights",
-           "log"}
+           "convert.tinyvit", "convert.clip", "convert.vit", "convert.tree", "checkpoint",
+           "heads", "weights", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
                     "config", "matching", "forecast"}
 LOOP = {"memory", "meter", "packing", "program", "resume"}
@@ -85,6 +85,9 @@ FLOORS = {
     "models.tinyvit": (DEVICE, JAX | {"flax"}),
     "models.cost": (DEVICE, JAX | {"flax"}),
     "models.clip": (DEVICE, JAX | {"flax"}),
+    "models.tokens": (DEVICE, JAX | {"flax"}),
+    "models.vit": (DEVICE, JAX | {"flax"}),
+    "models.vit_blocks": (DEVICE, JAX | {"flax"}),
     "objectives": (DEVICE, JAX | {"ml_collections"}),
     "objectives.supervised": (DEVICE, JAX),
     "objectives.stored_logits": (DEVICE, JAX),
@@ -98,6 +101,7 @@ FLOORS = {
     "convert.shape": (WEIGHTS, set()),
     "convert.tinyvit": (WEIGHTS, NUMPY),
     "convert.clip": (WEIGHTS, NUMPY),
+    "convert.vit": (WEIGHTS, NUMPY),
     "convert.tree": (set(), NUMPY),
     "checkpoint": (set(), {"jax", "orbax"}),
     "heads": ({"log", "convert.files"}, NUMPY),

@@ -174,7 +174,8 @@ def test_a_file_of_a_variant_knows_its_size(name, size, asked, windows, layout, 
                                             monkeypatch):
     model = weights.models.create_model(name, 7)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), model.variable_shapes())
-    monkeypatch.setattr(files, "read_state", lambda path: tinyvit.to_torch(zeros, layout))
+    monkeypatch.setattr(files, "read_described",
+                        lambda path: (tinyvit.to_torch(zeros, layout), {}))
     (tmp_path / "it.pth").touch()
     found = weights.open_trained(tmp_path / "it.pth", asked)
     assert found.model.image_size == (asked or size)

@@ -61,6 +61,7 @@ def default() -> ml_collections.ConfigDict:
     m.name = "tiny_vit_5m_224"
     m.num_classes = 0  # 0 = as many as the image source has
     m.drop_path = 0.0  # stochastic depth, the last block's rate
+    m.dropout = -1.0  # of a ViT; -1 = the variant's own, which is 0.1 for vit_mini_patch4_32 alone
     m.dtype = "float32"  # of activations: float32 | bfloat16; weights, norms, softmax stay float32
     m.remat = False  # recompute the blocks' activations in the backward pass to save memory
     m.freeze_norm = False  # BatchNorm uses its stored statistics while training
@@ -162,6 +163,14 @@ def _add_architecture(section: ml_collections.ConfigDict) -> None:
     section.num_heads = ()  # attention heads of each stage
     section.window_sizes = ()  # windows of each stage, in tokens
     section.stem_strides = ()  # of the stem's two convolutions; (2, 1) and (1, 1) for small images
+    # Of a plain ViT (models/vit.py says more); 0 and "" = the variant's own here too
+    section.patch_size = 0  # pixels
+    section.mlp_dims = ()  # hidden width of its MLPs; () = the variant's, else 4 times its width
+    section.token_layout = ""  # class | distilled: a class token, and a distillation token
+    section.pool = ""  # what the head reads: token | mean of the patches' tokens
+    section.positions = ""  # learned | sincos: fixed
+    section.norm_order = ""  # pre | post: norms before the branches, or after the sums
+    section.layer_scale = 0.0  # factor that a block's branches start with
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -239,6 +248,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         need(0 <= c[section].smoothing < 1, f"{section}.smoothing", c[section].smoothing,
              "a number in [0, 1)")
     need(0 <= c.model.drop_path < 1, "model.drop_path", c.model.drop_path, "a rate in [0, 1)")
+    need(c.model.dropout == -1 or 0 <= c.model.dropout < 1, "model.dropout", c.model.dropout,
+         "a rate in [0, 1), or -1 for the variant's own")
     need(0 < c.eval.crop_ratio <= 1, "eval.crop_ratio", c.eval.crop_ratio, "a ratio in (0, 1]")
     for key, unset in (("trainable", "all"), ("class_names", "")):
         need(c.model[key] == unset or starts, f"model.{key}", c.model[key],

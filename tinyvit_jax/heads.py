@@ -14,7 +14,7 @@ _CLASSES_22K = 21841  # of ImageNet-22k
 
 
 def map_head(variables: dict, trained: tuple[str, ...], wanted: tuple[str, ...]) -> dict:
-    """Gives the classifier the wanted classes, each by its name.
+    """Gives the classifier the wanted classes, each by its name; a distillation head likewise.
 
     A class without a counterpart takes the mean of those that have one, as the original does from
     21,841 classes to 1,000; where no name is shared the head starts at zero.
@@ -43,8 +43,9 @@ def map_head(variables: dict, trained: tuple[str, ...], wanted: tuple[str, ...])
         mean = x[..., known].mean(-1, keepdims=True) if known.any() else np.zeros_like(x[..., :1])
         return np.where(known, x, mean)
 
-    head = {name: fit(x) for name, x in variables["params"]["head"].items()}
-    return {**variables, "params": {**variables["params"], "head": head}}
+    params = {name: {key: fit(x) for key, x in part.items()} if name in ("head", "head_dist")
+              else part for name, part in variables["params"].items()}
+    return {**variables, "params": params}
 
 
 def find_names(class_names: Sequence[str]) -> tuple[str, ...]:

@@ -43,32 +43,46 @@ def make_schedule(config: ml_collections.ConfigDict, batch_size: int, steps: int
 
 
 def decay_mask(params: dict) -> dict:
-    """Which parameters weight decay touches: not vectors, biases or attention bias tables."""
+    """Which parameters weight decay touches.
+
+    Not vectors, biases or attention bias tables, and of a ViT neither its positions nor the tokens
+    that it learns: DeiT's and timm's rule. (MAE's pretraining decays the class token, and torch's
+    AdamW by itself all there is.)
+    """
+    exempt = ("bias", "attention_biases", "pos_embed", "cls_token", "dist_token")
     return jax.tree_util.tree_map_with_path(
-        lambda path, p: p.ndim > 1 and path[-1].key not in ("bias", "attention_biases"), params)
+        lambda path, p: p.ndim > 1 and path[-1].key not in exempt, params)
 
 
 def layer_scales(params: dict, decay: float, depths: Sequence[int]) -> dict:
     """The factor of each parameter's learning rate under layer decay.
 
     Block i of n = sum(depths) has decay**(n-1-i); the stem that of block 0, a downsample that of
-    the block before it, the head 1.
+    the block beside it in its stage, the head 1. A ViT follows BEiT's and MAE's count, which its
+    recipes are given in: block i has decay**(n-i), its patches, positions and class token
+    decay**(n+1), and a distillation token 1, as it is new where a ViT is fine-tuned.
     """
     total = sum(depths)
 
     def block(names: list[str]) -> int:
-        if names[0] == "patch_embed":
+        if "cls_token" in params:
+            inside = re.fullmatch(r"blocks_(\d+)", names[0])
+            front = names[0] in ("patch_embed", "cls_token", "pos_embed")
+            return int(inside[1]) - 1 if inside else -2 if front else total - 1
+        if names[0] in ("patch_embed", "stem"):
             return 0
         if names[0] == "visual":  # a CLIP: what comes before its blocks is block 0's
             inside = re.search(r"resblocks_(\d+)", "/".join(names))
             after = names[1] in ("ln_post", "proj")
             return int(inside[1]) if inside else (total - 1) * after
-        stage = re.fullmatch(r"layers_(\d+)", names[0])
+        stage = re.fullmatch(r"(layers|stages)_(\d+)", names[0])
         if not stage:
             return total - 1
-        s = int(stage[1])
+        s = int(stage[2])
         inner = re.fullmatch(r"blocks_(\d+)", names[1])
-        return sum(depths[:s]) + int(inner[1]) if inner else sum(depths[: s + 1]) - 1
+        if inner or stage[1] == "stages":  # whose way down is at its start
+            return sum(depths[:s]) + (int(inner[1]) if inner else 0)
+        return sum(depths[: s + 1]) - 1
 
     return jax.tree_util.tree_map_with_path(
         lambda path, _: decay ** (total - 1 - block([p.key for p in path])), params)
@@ -81,8 +95,13 @@ def hold_frozen(params: dict, trainable: str) -> dict:
     """
     if trainable == "all":
         return params
-    return {name: part if name == trainable else jax.tree.map(jax.lax.stop_gradient, part)
+    return {name: part if _learns(name, trainable) else jax.tree.map(jax.lax.stop_gradient, part)
             for name, part in params.items()}
+
+
+def _learns(name: str, trainable: str) -> bool:
+    """Whether a part of the model learns; a distillation head goes with the head."""
+    return trainable == "all" or name in (trainable, f"{trainable}_dist")
 
 
 def make_factors(config: ml_collections.ConfigDict, params: dict, depths: Sequence[int],
@@ -105,7 +124,7 @@ def make_factors(config: ml_collections.ConfigDict, params: dict, depths: Sequen
         return None
     scales = layer_scales(params, config.layer_decay, depths)
     at_once = config.warmup_epochs <= 0
-    moves = {name: trainable in ("all", name) for name in params}
+    moves = {name: _learns(name, trainable) for name in params}
 
     def factors(step: jax.Array) -> dict:
         def factor(scale: float, moving: bool) -> jax.Array | float:

@@ -359,10 +359,10 @@ def draw_views(views: pipeline.Views, store: stores.Store, path: Path, count: in
 
 
 def export(workdir: Path, path: Path) -> str:
-    """Writes a run's weights in Microsoft's key layout; returns the file's name."""
+    """Writes a run's weights in its family's first key layout; returns the file's name."""
     trained = weights.load_run(workdir)  # in every process: they read a checkpoint together
     if jax.process_index() == 0:
-        files.write_state(str(path), weights.convert_to(trained.model, trained.variables))
+        weights.write_file(path, trained)
     return path.name
 
 

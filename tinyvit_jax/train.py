@@ -91,9 +91,10 @@ def _class_names(config: ml_collections.ConfigDict, train: images.ImageSource) -
 def make_student(config: ml_collections.ConfigDict, data: Data):
     """The model to train."""
     m = weights.complete(config.model)
+    options = {"dropout": m.dropout} if m.dropout >= 0 else {}
     return weights.make_model(m, len(data.train.class_names), drop_path=m.drop_path, dtype=m.dtype,
                               remat=m.remat,
-                              freeze_norm=m.freeze_norm or m.trainable != "all")
+                              freeze_norm=m.freeze_norm or m.trainable != "all", **options)
 
 
 def count_steps(config: ml_collections.ConfigDict, views: int) -> tuple[int, float]:

@@ -10,14 +10,14 @@ import ml_collections
 import numpy as np
 
 from tinyvit_jax import checkpoint, heads, log, models
-from tinyvit_jax.convert import clip, files, shape, tinyvit
+from tinyvit_jax.convert import clip, files, shape, tinyvit, vit
 from tinyvit_jax.convert.files import WeightsError
 
 IMAGENET_MEAN, IMAGENET_STD = tinyvit.MEAN, tinyvit.STD
 # By models.FAMILIES. Each has owns (a state dict is this family's), from_torch, to_torch,
 # count_classes, infer_shape (create_model's settings, from a state dict and a number of heads or 0;
 # a TinyViT's is shape.py), and the MEAN, STD and CROP_RATIO that weights are made with by habit.
-_CONVERTERS: dict[str, Any] = {"tiny_vit": tinyvit, "clip_vit": clip}
+_CONVERTERS: dict[str, Any] = {"tiny_vit": tinyvit, "clip_vit": clip, "vit": vit}
 
 
 class Trained(NamedTuple):
@@ -69,8 +69,8 @@ def complete(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         raise WeightsError("--config.model.init_from='' cannot work where model.name is empty: "
                            "expected the weights to start from (a workdir, a .pth or a "
                            ".safetensors), or a variant in --config.model.name.")
-    own = describe(open_trained(section.init_from, section.image_size,
-                                tuple(section.stem_strides)))["model"]
+    own = describe(open_trained(section.init_from, section.image_size, tuple(section.stem_strides),
+                                num_heads=tuple(section.num_heads)))["model"]
     section = ml_collections.ConfigDict(section.to_dict())
     section.name = own["name"]
     for key in (*models.FAMILIES[own["name"]].shape, "image_size"):
@@ -123,10 +123,12 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
         card = _read_card(path)
         state = convert_to(card["model"]["name"],
                            checkpoint.load_variables(path / "checkpoints", which)[0])
+        _compare_heads(path, tuple(card["model"].get("num_heads", ())), model)
         if head == "new" and not trained_names:
             trained_names = heads.find_names(card["class_names"])
     else:
-        state = files.read_state(path)
+        state, notes = files.read_described(path)
+        _compare_heads(path, _read_heads(notes), model)
     try:
         old_classes = count_classes(state)
         if head == "strict" or not (old_classes and model.num_classes and class_names
@@ -138,7 +140,7 @@ def load_weights(path: str | Path, model, head: Literal["strict", "new"] = "stri
                     "--config.model.class_names=FILE.", old_classes)
             return convert_from(state, model, head)
         heads.check_count(class_names, model.num_classes, "class_names")
-        variables = convert_from(state, model.copy(num_classes=old_classes))
+        variables = convert_from(state, model.copy(num_classes=old_classes), head)
         return heads.map_head(variables, trained_names, class_names)
     except WeightsError as error:
         raise WeightsError(f"The weights of {path} are of another model: {error}") from error
@@ -161,15 +163,48 @@ def convert_from(state: files.State, model, head: Literal["strict", "new"] = "st
     return _CONVERTERS[models.family_of(model)].from_torch(state, model, head)
 
 
-def convert_to(model: Any, variables: dict, layout: str = "microsoft") -> files.State:
+def convert_to(model: Any, variables: dict, layout: str = "") -> files.State:
     """Names variables for a PyTorch class, by the table of the model's family.
 
     Args:
         model: whose they are; the name of a variant will do.
         variables: {"params", "batch_stats"}.
-        layout: "microsoft", or another that the family has.
+        layout: one that the family has; "" = its own first choice.
     """
-    return _CONVERTERS[models.family_of(model)].to_torch(variables, layout)
+    to_torch = _CONVERTERS[models.family_of(model)].to_torch
+    return to_torch(variables, layout) if layout else to_torch(variables)
+
+
+def write_file(path: str | Path, trained: Trained, layout: str = "") -> int:
+    """Writes a model's weights as a PyTorch file; returns how many arrays it holds.
+
+    What its keys do not tell, the number of heads, stands in the file's notes.
+
+    Args:
+        path: a .pth, .pt or .safetensors.
+        trained: the model and its weights.
+        layout: as in `convert_to`.
+    """
+    state = convert_to(trained.model, trained.variables, layout)
+    plain = models.family_of(trained.model) != "tiny_vit"  # whose bias tables tell the heads
+    heads_ = models.describe_shape(trained.model).get("num_heads", ()) if plain else ()
+    files.write_state(path, state, {"num_heads": ",".join(map(str, heads_))} if heads_ else {})
+    return len(state)
+
+
+def _read_heads(notes: dict[str, str]) -> tuple[int, ...]:
+    """The number of heads in a file's notes, or () where it tells none."""
+    words = notes.get("num_heads", "").split(",")
+    return tuple(map(int, words)) if all(word.isdecimal() for word in words) else ()
+
+
+def _compare_heads(path: Path, told: tuple[int, ...], model: Any) -> None:
+    """Warns where weights were trained with another number of heads: no array's shape shows it."""
+    own = models.describe_shape(model).get("num_heads", ())
+    if told and models.family_of(model) != "tiny_vit" and tuple(told) != own:
+        log.logger.warning("The weights %s are of a model with %s heads, and are used with %s: its "
+                           "attention is another one.", path, *(
+                               " ".join(map(str, heads)) for heads in (told, own)))
 
 
 def find_family(state: files.State) -> str:
@@ -285,8 +320,8 @@ def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int,
             is what the file's windows are for, and 0 is 224.
         stem_strides: for a TinyViT file; () = (2, 2).
         class_names: for a file; () = "class 0", "class 1" ...
-        num_heads: for a file; () = as the bias tables of a TinyViT say, one for each 64 channels of
-            a CLIP.
+        num_heads: for a file; () = as the bias tables of a TinyViT or the notes of a file that was
+            written here say, else one for each 64 channels of a CLIP or a ViT.
 
     Raises:
         WeightsError: where it is neither, or the class names are not as many as the classes.
@@ -297,12 +332,13 @@ def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int,
     if not path.exists():
         raise WeightsError(f"{path} does not exist. Give the workdir of a run, or a .pth or "
                            f".safetensors file.")
-    state = files.read_state(path)
+    state, notes = files.read_described(path)
     family = find_family(state)
     if family == "tiny_vit":
         trained = _open_tiny_vit(state, image_size, stem_strides, num_heads)
     else:
-        trained = _open_other(family, state, image_size, stem_strides, num_heads)
+        trained = _open_other(family, state, image_size, stem_strides,
+                              num_heads or _read_heads(notes))
     count = trained.model.num_classes
     if class_names and len(class_names) != count:
         raise WeightsError(f"{path} has {count} classes, and {len(class_names)} names were given. "

@@ -1,14 +1,14 @@
-"""Converts weights between a run of ours and PyTorch files, in Microsoft's or timm's key layout.
+"""Converts weights between a run of ours and PyTorch files, in the key layout of others.
 
 python tools/convert_checkpoint.py --from=runs/quickstart --to=student.pth --layout=timm
 python tools/convert_checkpoint.py --from=tiny_vit_5m.pth --to=runs/5m --classes=names.txt
-python tools/convert_checkpoint.py --from=timm.safetensors --to=microsoft.pth
+python tools/convert_checkpoint.py --from=vit.pth --to=runs/vit --num_heads=8
 python tools/convert_checkpoint.py --from=training.pth --to=weights.safetensors --tensors_only
 
 What --from is, is read off its keys; --to ending in .pth, .pt or .safetensors is a PyTorch file,
 anything else a folder of ours. Every key is used exactly once, or all that do not fit are listed.
-Where PyTorch is installed, every PyTorch file on either side is then read from disk into a PyTorch
-model and compared with ours on two random images; exit code 1 where they differ.
+Where PyTorch is installed, every PyTorch file on either side is read back into a PyTorch model and
+compared with ours on two random images; exit code 1 where they differ.
 """
 
 import argparse
@@ -25,18 +25,18 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def convert(source: str, target: str, layout: str, image_size: int,
             stem_strides: tuple[int, ...], class_names: tuple[str, ...],
-            mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
+            mean: tuple[float, ...], std: tuple[float, ...], num_heads: int = 0) -> list[str]:
     """Converts and checks; returns one line for each."""
     check_new(target)
     if len(mean) != len(std) or min(std, default=1) <= 0 or (mean and is_file(target)):
         raise ValueError(f"--mean={mean} --std={std}: expected both or neither, std above 0, and "
                          f"--to a folder, for a PyTorch file does not hold them.")
-    trained = weights.open_trained(source, image_size, stem_strides, class_names)
+    trained = weights.open_trained(source, image_size, stem_strides, class_names,
+                                   (num_heads,) if num_heads else ())
     trained = trained._replace(mean=mean or trained.mean, std=std or trained.std)
     if is_file(target):
-        state = weights.convert_to(trained.model, trained.variables, layout)
-        files.write_state(target, state)
-        done = f"{target}: {len(state)} arrays in {layout}'s layout"
+        count = weights.write_file(target, trained, layout)
+        done = f"{target}: {count} arrays in the layout of {layout or 'its family'}"
         saved = trained
     else:
         weights.save_trained(trained, target)
@@ -49,8 +49,8 @@ def convert(source: str, target: str, layout: str, image_size: int,
 def extract(source: str, target: str) -> str:
     """Copies the tensors of a PyTorch file, whatever else is in it, and returns one line."""
     check_new(target)
-    state = files.read_state(source, tensors_only=True)
-    files.write_state(target, state)
+    state, notes = files.read_described(source, tensors_only=True)
+    files.write_state(target, state, notes)
     return f"{target}: the {len(state)} tensors of {source} under their own names, and nothing else"
 
 
@@ -79,9 +79,8 @@ def check_new(target: str) -> None:
 
 def read_names(classes: str) -> tuple[str, ...]:
     """The class names of --classes, or none."""
-    if not classes:
-        return ()
-    return heads.read_class_names(classes, imagenet_names=tfds.list_classes("imagenet2012"))
+    return heads.read_class_names(
+        classes, imagenet_names=tfds.list_classes("imagenet2012")) if classes else ()
 
 
 def main() -> None:
@@ -90,13 +89,14 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", required=True, help="a workdir or a PyTorch file")
     parser.add_argument("--to", required=True, help="a PyTorch file or a new folder")
-    parser.add_argument("--layout", choices=("microsoft", "timm"), default="microsoft")
+    parser.add_argument("--layout", choices=("microsoft", "timm", "torch"), default="",
+                        help="of the keys (a TinyViT's and CLIP's microsoft, a ViT's own)")
     parser.add_argument("--image_size", type=int, default=0,
                         help="pixels, which a TinyViT's PyTorch file does not tell (224)")
-    parser.add_argument("--stem_strides", type=int, nargs=2, default=(),
-                        help="which a PyTorch file does not tell either (2 2)")
-    parser.add_argument("--classes", default="", help="file of class names, one a line, or the "
-                        "original's imagenet_1kto22k.txt")
+    parser.add_argument("--num_heads", type=int, default=0,
+                        help="of a ViT, which others' files do not tell (one for 64 channels)")
+    parser.add_argument("--stem_strides", type=int, nargs=2, default=(), help="likewise (2 2)")
+    parser.add_argument("--classes", default="", help="file of names, or imagenet_1kto22k.txt")
     for name in ("--mean", "--std"):
         parser.add_argument(name, type=float, nargs=3, default=(), help="of the images it was "
                             "trained with, in [0, 1] (ImageNet's, of a CLIP OpenAI's)")
@@ -110,8 +110,8 @@ def main() -> None:
             return
         names = read_names(args.classes)
         print(*convert(args.source, args.to, args.layout, args.image_size,
-                       tuple(args.stem_strides), names, tuple(args.mean), tuple(args.std)),
-              sep="\n")
+                       tuple(args.stem_strides), names, tuple(args.mean), tuple(args.std),
+                       args.num_heads), sep="\n")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tinyvit_jax.convert import tree
 from tinyvit_jax.convert.files import State, WeightsError, unwrap
-from tinyvit_jax.convert.resize import bicubic_matrix
+from tinyvit_jax.convert.resize import resize_positions
 
 # CLIP's own, of pixels scaled to [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -205,26 +205,6 @@ def torch_key(path: tree.Path) -> str:
     key = ".".join([*words, _LEAVES.get(path[-1], path[-1])])
     # torch.nn.MultiheadAttention keeps this one layer as two bare parameters.
     return key.replace(".in_proj.", ".in_proj_")
-
-
-def resize_positions(table: np.ndarray, tokens: int) -> np.ndarray:
-    """Fits a table of positions to a square grid of another size.
-
-    Bicubic with torch's kernel, corners not aligned, no antialiasing; the class token's row, which
-    comes first, stays.
-
-    Args:
-        table: float [1 + g*g, C].
-        tokens: 1 + n*n of the new grid.
-
-    Returns:
-        float32 [1 + n*n, C].
-    """
-    old, new = math.isqrt(len(table) - 1), math.isqrt(tokens - 1)
-    weights = bicubic_matrix(old, new)
-    grid = table[1:].astype(np.float64).reshape(old, old, -1)
-    resized = np.einsum("ya,abc,xb->yxc", weights, grid, weights, optimize=True)
-    return np.concatenate([table[:1], resized.reshape(new * new, -1)]).astype(np.float32)
 
 
 def _fit(found: np.ndarray, path: tree.Path, shape: tuple[int, ...]) -> np.ndarray | None:

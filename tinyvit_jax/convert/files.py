@@ -14,6 +14,7 @@ State = dict[str, np.ndarray]
 
 _TORCH = (".pth", ".pt")
 _WRAPPERS = ("model", "state_dict")  # under which training scripts keep the weights
+_NOTES = "tinyvit_jax"  # under which a .pth written here tells what its arrays do not
 
 
 class WeightsError(ValueError):
@@ -38,6 +39,12 @@ def read_state(path: str | os.PathLike, tensors_only: bool = False) -> State:
         WeightsError: another ending, a truncated or foreign file, one with other things than
             tensors, or a package that is missing.
     """
+    return read_described(path, tensors_only)[0]
+
+
+def read_described(path: str | os.PathLike, tensors_only: bool = False
+                   ) -> tuple[State, dict[str, str]]:
+    """As `read_state`, and what the file tells of its arrays, as `write_state` takes it."""
     path = pathlib.Path(path)
     reader = _choose(path, lambda p: _read_torch(p, tensors_only), _read_safetensors)
     if not path.is_file():
@@ -45,13 +52,17 @@ def read_state(path: str | os.PathLike, tensors_only: bool = False) -> State:
     return reader(path)
 
 
-def write_state(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
+def write_state(path: str | os.PathLike, state: Mapping[str, np.ndarray],
+                notes: Mapping[str, str] | None = None) -> None:
     """Writes weights so that the file is either complete or not there.
 
     Args:
         path: a .pth or .pt, which gets {"model": tensors} as the original's files have, or a
             .safetensors.
         state: arrays by key.
+        notes: texts by key that the arrays do not tell, such as the number of heads. They are a
+            .safetensors' metadata; in a .pth they stand beside "model" under "tinyvit_jax", so the
+            tensors load with strict=True as ever.
 
     Raises:
         WeightsError: another ending, or a package that is missing.
@@ -59,11 +70,12 @@ def write_state(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> Non
     path = pathlib.Path(path)
     writer = _choose(path, _write_torch, _write_safetensors)
     arrays = {key: np.array(value, order="C") for key, value in state.items()}
+    notes = {str(key): str(value) for key, value in (notes or {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        writer(pathlib.Path(temporary), arrays)
+        writer(pathlib.Path(temporary), arrays, notes)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own is private
@@ -95,8 +107,8 @@ def _choose(path: pathlib.Path, of_torch: Callable, of_safetensors: Callable) ->
     raise WeightsError(f"{path} has the ending {path.suffix!r}: expected .pth, .pt or .safetensors")
 
 
-def _read_torch(path: pathlib.Path, tensors_only: bool) -> State:
-    """The weights of a PyTorch file of either format."""
+def _read_torch(path: pathlib.Path, tensors_only: bool) -> tuple[State, dict[str, str]]:
+    """The weights of a PyTorch file of either format, and what it tells of them."""
     archive = pickles.is_archive(path)
     try:
         content = pickles.read(path) if archive else _read_old_torch(path, tensors_only)
@@ -113,7 +125,10 @@ def _read_torch(path: pathlib.Path, tensors_only: bool) -> State:
             "that was run. Take the tensors alone, which never runs it either, with  python "
             f"tools/convert_checkpoint.py --from={path} --to={path.with_suffix('.safetensors')} "
             "--tensors_only")
-    return _check_tensors(path, content.value, tensors_only)
+    told = content.value.get(_NOTES) if isinstance(content.value, Mapping) else None
+    notes = {str(key): value for key, value in told.items() if isinstance(value, str)} if (
+        isinstance(told, Mapping)) else {}
+    return _check_tensors(path, content.value, tensors_only), notes
 
 
 def _check_tensors(path: pathlib.Path, loaded: Any, tensors_only: bool) -> State:
@@ -150,24 +165,27 @@ def _read_old_torch(path: pathlib.Path, tensors_only: bool) -> pickles.Content:
     return pickles.Content(to_numpy(loaded), ())
 
 
-def _write_torch(path: pathlib.Path, state: State) -> None:
+def _write_torch(path: pathlib.Path, state: State, notes: dict[str, str]) -> None:
     torch = _import_torch(path)
-    torch.save({"model": {key: torch.from_numpy(value) for key, value in state.items()}}, path)
+    content = {"model": {key: torch.from_numpy(value) for key, value in state.items()}}
+    torch.save({**content, _NOTES: notes} if notes else content, path)
 
 
-def _read_safetensors(path: pathlib.Path) -> State:
+def _read_safetensors(path: pathlib.Path) -> tuple[State, dict[str, str]]:
     safetensors = _import_safetensors(path)
     try:
-        state = safetensors.load_file(path)
+        state = safetensors.numpy.load_file(path)
+        with safetensors.safe_open(path, framework="np") as file:
+            notes = file.metadata() or {}
     except Exception as error:  # the package's own error class is not public in every version
         raise WeightsError(f"{path} cannot be read as safetensors ({_line(error)}). It is "
                            "truncated or another kind of file; download it again.") from error
     return {key: value if value.dtype.kind in "iub" else value.astype(np.float32)
-            for key, value in state.items()}
+            for key, value in state.items()}, notes
 
 
-def _write_safetensors(path: pathlib.Path, state: State) -> None:
-    _import_safetensors(path).save_file(state, path)
+def _write_safetensors(path: pathlib.Path, state: State, notes: dict[str, str]) -> None:
+    _import_safetensors(path).numpy.save_file(state, path, notes or None)
 
 
 def _import_torch(path: pathlib.Path) -> Any:
@@ -185,7 +203,7 @@ def _import_safetensors(path: pathlib.Path) -> Any:
     except ImportError as error:
         raise WeightsError(f"{path.name} needs the package safetensors: "
                            "pip install safetensors") from error
-    return safetensors.numpy
+    return safetensors
 
 
 def _line(error: Exception) -> str:

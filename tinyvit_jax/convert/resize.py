@@ -1,4 +1,4 @@
-"""Resizing the bias tables of window attention, in numpy."""
+"""Resizing the bias tables of window attention and tables of positions, in numpy."""
 
 import math
 
@@ -31,6 +31,27 @@ def resize_bias_table(table: np.ndarray, window: int) -> np.ndarray:
     images = table.astype(np.float64).reshape(-1, old, old)
     resized = np.einsum("ya,hab,xb->hyx", weights, images, weights)
     return resized.reshape(len(table), window * window).astype(np.float32)
+
+
+def resize_positions(table: np.ndarray, tokens: int, first: int = 1) -> np.ndarray:
+    """Fits a table of positions to a square grid of another size.
+
+    Bicubic with torch's kernel, corners not aligned, no antialiasing; the rows of the tokens that
+    come before the patches' stay.
+
+    Args:
+        table: float [first + g*g, C].
+        tokens: first + n*n of the new grid.
+        first: tokens before the patches'.
+
+    Returns:
+        float32 [first + n*n, C].
+    """
+    old, new = math.isqrt(len(table) - first), math.isqrt(tokens - first)
+    weights = bicubic_matrix(old, new)
+    grid = table[first:].astype(np.float64).reshape(old, old, -1)
+    resized = np.einsum("ya,abc,xb->yxc", weights, grid, weights, optimize=True)
+    return np.concatenate([table[:first], resized.reshape(new * new, -1)]).astype(np.float32)
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:

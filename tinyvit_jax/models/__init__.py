@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import clip, tinyvit
+from tinyvit_jax.models import clip, tinyvit, vit
 from tinyvit_jax.models.clip import ClipViT
 from tinyvit_jax.models.tinyvit import TinyViT, scale_windows
+from tinyvit_jax.models.vit import ViT
 
-__all__ = ["FAMILIES", "VARIANTS", "ClipViT", "TinyViT", "create_model", "describe_shape",
-           "family_of", "find_image_size", "scale_windows"]
+__all__ = ["FAMILIES", "VARIANTS", "ClipViT", "TinyViT", "ViT", "create_model",
+           "describe_shape", "family_of", "find_image_size", "scale_windows"]
 
 Model = Any  # a flax module, of a kind that FAMILIES names
 
@@ -103,7 +104,8 @@ def find_image_size(model: Model) -> int:
             variant = {**variant, "window_sizes": scale_windows(
                 variant["window_sizes"], variant["image_size"], size)}
         if all(own[key][1:] == value[1:] if key in ("num_heads", "window_sizes") and len(value) > 1
-               else own[key] == value for key, value in variant.items() if key != "image_size"):
+               else own[key] == value for key, value in variant.items() if key in own
+               and key != "image_size"):
             return size
     return 0
 
@@ -145,6 +147,10 @@ FAMILIES: dict[str, Family] = {
     "clip_vit": Family(
         ClipViT, ("embed_dims", "depths", "num_heads", "patch_size", "embed_dim"),
         ("freeze_norm",), clip.make_clip_vit, clip.VARIANTS),
+    "vit": Family(
+        ViT, ("embed_dims", "depths", "num_heads", "patch_size", "mlp_dims", "token_layout", "pool",
+              "positions", "norm_order", "layer_scale"),
+        ("drop_path", "dropout", "freeze_norm"), vit.make_vit, vit.VARIANTS),
 }
 VARIANTS: dict[str, dict] = {
     name: variant for family in FAMILIES.values() for name, variant in family.variants.items()}

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import layers
+from tinyvit_jax.models import layers, tokens
 
 MLP_RATIO = 4  # hidden width of every block's MLP, over the block's
 
@@ -34,24 +34,6 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 _Norm = partial(nn.LayerNorm, layers.EPSILON, use_fast_variance=False)
 
 
-class InputProjection(nn.Module):
-    """Queries, keys and values of each head, all queries first, then all keys, then all values."""
-
-    num_heads: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """[B, N, C] -> three of [B, h, N, d], with d = C / h."""
-        B, N, C = x.shape
-        kernel = self.param("kernel", layers.linear_init, (C, 3 * C), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (3 * C,), jnp.float32)
-        kernels = jnp.split(kernel.astype(self.dtype), 3, axis=1)
-        biases = jnp.split(bias.astype(self.dtype), 3)
-        parts = [layers.project(x, k) + b for k, b in zip(kernels, biases, strict=True)]
-        return [part.reshape(B, N, self.num_heads, -1).transpose(0, 2, 1, 3) for part in parts]
-
-
 class Attention(nn.Module):
     """Multi-head attention of every token to every token."""
 
@@ -61,12 +43,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, C] -> [B, N, C]."""
-        q, k, v = InputProjection(self.num_heads, self.dtype, name="in_proj")(x)
-        scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-        scores = nn.softmax(scores * q.shape[-1]**-0.5).astype(self.dtype)
-        mixed = jnp.einsum("bhnm,bhmd->bhnd", scores, v)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape)
-        return layers.Linear(x.shape[-1], self.dtype, name="out_proj")(mixed)
+        q, k, v = tokens.InputProjection(self.num_heads, self.dtype, name="in_proj")(x)
+        return layers.Linear(x.shape[-1], self.dtype, name="out_proj")(tokens.attend(q, k, v))
 
 
 class Mlp(nn.Module):
@@ -118,25 +96,6 @@ class Transformer(nn.Module):
         return x
 
 
-class PatchProjection(nn.Module):
-    """One token for each patch: a convolution whose stride is its size, without bias."""
-
-    features: int
-    size: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> [B, (H / size) * (W / size), features], row by row."""
-        B, H, W, C = images.shape
-        p = self.size
-        kernel = self.param("kernel", layers.conv_init, (p, p, C, self.features), jnp.float32)
-        # Patches do not overlap, so the convolution is a matrix product over their pixels.
-        patches = images.astype(self.dtype).reshape(B, H // p, p, W // p, p, C)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, p * p * C)
-        return layers.project(patches, kernel.astype(self.dtype).reshape(-1, self.features))
-
-
 class ImageTower(nn.Module):
     """Images to tokens, through the transformer, and the class token to CLIP's embedding."""
 
@@ -152,11 +111,10 @@ class ImageTower(nn.Module):
     def setup(self) -> None:
         """Names the parameters and submodules as the PyTorch class does."""
         random = nn.initializers.normal(self.width**-0.5)
-        tokens = 1 + self.grid**2
-        self.conv1 = PatchProjection(self.width, self.patch_size, self.dtype)
+        self.conv1 = tokens.PatchProjection(self.width, self.patch_size, self.dtype)
         self.class_embedding = self.param("class_embedding", random, (self.width,), jnp.float32)
         self.positional_embedding = self.param("positional_embedding", random,
-                                               (tokens, self.width), jnp.float32)
+                                               (1 + self.grid**2, self.width), jnp.float32)
         self.ln_pre, self.ln_post = _Norm(), _Norm()
         self.transformer = Transformer(self.depth, self.num_heads, self.dtype, self.remat)
         self.proj = self.param("proj", random, (self.width, self.embed_dim), jnp.float32)
@@ -173,11 +131,10 @@ class ImageTower(nn.Module):
         return self.ln_post(self.tokens(images)[:, 0]) @ self.proj
 
 
-class ClipViT(nn.Module):
+class ClipViT(tokens.FixedSize):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
-    There is no BatchNorm and no drop path, so training and inference are one function; variables
-    hold an empty "batch_stats" beside "params", as every other model's code expects one.
+    There is no BatchNorm and no drop path, so training and inference are one function.
 
     Attributes:
         num_classes: of the head; 0 = no head, `__call__` then gives CLIP's image embedding.
@@ -190,8 +147,6 @@ class ClipViT(nn.Module):
         remat: recompute the blocks' insides in the backward pass to save memory.
     """
 
-    num_classes: int
-    image_size: int
     patch_size: int
     embed_dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -218,7 +173,7 @@ class ClipViT(nn.Module):
         Returns:
             float32 logits [B, num_classes], or the embedding [B, embed_dim] where num_classes is 0.
         """
-        self._check_images(images)
+        self.check_images(images)
         x = self.visual(images)
         return self.head(x) if self.num_classes else x
 
@@ -227,30 +182,9 @@ class ClipViT(nn.Module):
 
         CLIP itself reads none of them, but the class token alone.
         """
-        self._check_images(images)
+        self.check_images(images)
         grid = self.image_size // self.patch_size
         return [self.visual.tokens(images)[:, 1:].reshape(len(images), grid, grid, -1)]
-
-    def _check_images(self, images: jax.Array) -> None:
-        """Raises ValueError for images of another size than the table of positions is for."""
-        if images.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images of {images.shape[1]} x {images.shape[2]} pixels cannot work: this model's "
-                f"positions are for {self.image_size} x {self.image_size}. Resize the images, or "
-                f"make the model with their image_size and load its weights, which fits the "
-                f"positions.")
-
-    @nn.nowrap
-    def init(self, rngs: jax.Array, images: jax.Array,  # type: ignore[override]
-             train: bool = False) -> dict:
-        """Random variables: {"params", "batch_stats"}, the latter empty."""
-        return {**super().init(rngs, images, train=train), "batch_stats": {}}
-
-    @nn.nowrap
-    def variable_shapes(self) -> dict:
-        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
-        images = jnp.zeros((1, self.image_size, self.image_size, 3))
-        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
 
 
 def make_clip_vit(name: str, variant: dict, settings: dict) -> ClipViT:
@@ -266,20 +200,6 @@ def make_clip_vit(name: str, variant: dict, settings: dict) -> ClipViT:
         ValueError: a part of its shape that is missing or cannot work.
     """
     own = {key: value for key, value in {**variant, **settings}.items() if key != "freeze_norm"}
-    for key in ("embed_dims", "depths", "num_heads", "patch_size", "embed_dim"):
-        value = own[key]
-        if not value:
-            raise ValueError(f"the model {name} has no {key} of its own: give it, or choose a "
-                             f"variant that has one, such as clip_vit_large14_224")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if len(numbers) != 1 or not all(isinstance(n, int) and n > 0 for n in numbers):
-            raise ValueError(f"{key}={value} cannot work: expected one whole number above 0, as "
-                             f"CLIP has one stage")
-    width, heads = own["embed_dims"][0], own["num_heads"][0]
-    if width % heads:
-        raise ValueError(f"embed_dims {width} and num_heads {heads} cannot work: the width must be "
-                         f"a multiple of the heads; change one of the two")
-    if own["image_size"] % own["patch_size"]:
-        raise ValueError(f"image_size={own['image_size']} cannot work: expected a multiple of "
-                         f"patch_size={own['patch_size']}")
+    tokens.check_shape(name, own, ("embed_dims", "depths", "num_heads", "patch_size", "embed_dim"),
+                       "clip_vit_large14_224")
     return ClipViT(**own)

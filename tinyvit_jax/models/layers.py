@@ -203,11 +203,12 @@ class Linear(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    kernel_init: Initializer = linear_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C] -> [..., features]."""
-        kernel = self.param("kernel", linear_init, (x.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return project(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 

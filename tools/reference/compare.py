@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import torch
 
-from reference import torch_clip, torch_tinyvit
-from tinyvit_jax.convert import clip, files, tinyvit
+from reference import torch_clip, torch_tinyvit, torch_vit
+from tinyvit_jax.convert import clip, files, tinyvit, vit
 from tinyvit_jax.models import tinyvit as ours
 
 TOLERANCE = 1e-4  # of logits
 LAYER_TOLERANCE = 1e-5  # of one layer, given the same input, where its outputs are of size 1
 _CLASSES = {"microsoft": torch_tinyvit.TorchTinyViT, "timm": torch_tinyvit.TimmTinyViT}
-_HEADS = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
+_HEADS = ("head.", "head_dist.", "classifier.")
 
 
 class Layer(NamedTuple):
@@ -51,11 +51,14 @@ def read_reference(path: str, model: Any, written_here: bool) -> torch.nn.Module
     if clip.owns(state):
         module: torch.nn.Module = torch_clip.TorchClip(model)
         own = clip.strip(state)
+    elif vit.owns(state):
+        module = torch_vit.make(model)
+        own = vit.strip(state)
     else:
         own = tinyvit.strip(state)
         module = _CLASSES[tinyvit.detect_layout(own)](model)
     if not model.num_classes:
-        own = {key: value for key, value in own.items() if key not in _HEADS}
+        own = {key: value for key, value in own.items() if not key.startswith(_HEADS)}
     if not written_here:
         counts = {key: np.zeros((), np.int64) for key in module.state_dict()
                   if key.endswith("num_batches_tracked")}
@@ -126,7 +129,8 @@ def check_difference(path: str, difference: float) -> str:
     raise ValueError(
         f"{path} does not give the same outputs in PyTorch: on two random images the largest "
         f"difference is {difference:.1e}, and {TOLERANCE} is expected. Do not use the files; check "
-        f"--image_size and --stem_strides, which a file does not tell, and convert again.")
+        f"--image_size, --stem_strides and --num_heads, which a file does not tell, and convert "
+        f"again.")
 
 
 def compare_layers(module: torch.nn.Module, model: Any, variables: dict) -> list[Layer]:
