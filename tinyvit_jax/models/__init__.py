@@ -90,9 +90,12 @@ def find_image_size(model: Model) -> int:
     """Pixels that a model of a variant's widths and depths is for; 0 for any other shape.
 
     A TinyViT tells them by its windows, which grow with the image: 7 7 14 7 at 224 pixels. Its
-    first stage uses neither heads nor window, so these do not count.
+    first stage uses neither heads nor window, so these do not count. A plain transformer has
+    positions for one size.
     """
     own = describe_shape(model)
+    if "patch_size" in own:
+        return own["image_size"]
     if own.get("stem_strides", (2, 2)) != (2, 2):
         return 0
     for name, variant in VARIANTS.items():
