@@ -39,7 +39,7 @@ def run(model, variables, *arguments, method=None, **settings):
     ("vit_tiny_patch16_224", 5_717_416), ("deit_tiny_distilled_patch16_224", 5_910_800),
     ("deit_small_patch16_224", 22_050_664), ("deit_small_distilled_patch16_224", 22_436_432),
     ("mae_vit_base_patch16_224", 86_567_656), ("deit_base_distilled_patch16_224", 87_338_192),
-    ("vit_large_patch16_224", 304_326_632), ("vit_small_patch14_224", 22_004_584),
+    ("vit_small_patch14_224", 22_004_584),
     ("vit_small_patch14_dinov2", 22_441_192)])
 def test_parameter_counts(name, count):
     assert cost.count_parameters(create_model(name)) == count
@@ -54,10 +54,8 @@ def test_the_small_one_of_the_slides():
     assert create_model("vit_mini_patch4_32", dropout=0.0).dropout == 0.0
 
 
-@pytest.mark.parametrize(("name", "macs"), [("deit_tiny_patch16_224", 1.3),
-                                            ("deit_small_patch16_224", 4.6)])
-def test_cost_is_that_of_deits_table(name, macs):
-    assert round(cost.count_macs(create_model(name)) / 1e9, 1) == macs
+def test_cost_is_that_of_deits_table():
+    assert round(cost.count_macs(create_model("deit_tiny_patch16_224")) / 1e9, 1) == 1.3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,6 +133,7 @@ def test_the_post_norm_block_and_its_gradient_are_torchs():
     layer = torch.nn.TransformerEncoderLayer(width, heads, hidden, 0.0, "gelu", batch_first=True)
     for value in layer.parameters():
         value.data += 0.1 * torch.randn(value.shape)
+    assert layer.norm1.eps == vit_blocks.EPSILON["post"]  # too small to show in the values
     x = rng.normal(size=(2, 10, width)).astype(np.float32)
     weight = rng.normal(size=x.shape).astype(np.float32)
     block = vit_blocks.PostNormBlock(heads, hidden)

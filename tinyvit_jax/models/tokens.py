@@ -89,9 +89,16 @@ class Dropout(nn.Module):
         """Any shape."""
         if not train or self.rate == 0:
             return x
-        keep = 1 - self.rate
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, x.shape)
-        return jnp.where(kept, x / keep, 0).astype(x.dtype)
+        n, low = x.shape[-1], round((1 - self.rate) * _STEPS)
+        # Drawing is what dropout costs: each 32 random bits decide on two numbers (on a CPU 1.2
+        # times the small ViT's update without dropout, and 1.4 times with a draw for each).
+        shape = (*x.shape[:-1], -(-n // 2))
+        words = jax.random.bits(self.make_rng("drop_path"), shape, jnp.uint32)
+        halves = jnp.concatenate([words % _STEPS, words // _STEPS], axis=-1)[..., :n]
+        return jnp.where(halves < low, x * (_STEPS / low), 0).astype(x.dtype)
+
+
+_STEPS = 2**16  # a rate is rounded to this part of 1, and what is kept is scaled by the rounded one
 
 
 class FixedSize(nn.Module):
