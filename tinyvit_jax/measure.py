@@ -123,6 +123,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, source: images.ImageSo
         confusion = report.count_confusion(kept)
         report.write_report(made, confusion, names, folder)
         plots.plot_report(made, confusion, folder / "report.png")
+        if len(names) <= report.DENSE:
+            plots.plot_confusion(made, confusion, folder / "confusion.png")
         log.write_json(workdir / "eval.json", made)
         print(report.format_report(made, folder), flush=True)
     return made
