@@ -89,7 +89,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, source: images.ImageSo
 
     Args:
         config: a checked config.
-        workdir: gets eval/NAME/ with report.json, confusion.csv and report.png, and the same report
+        workdir: gets eval/NAME/ with report.json, its tables and its pictures, and the same report
             as eval.json.
         source: the evaluation images.
 
