@@ -25,8 +25,7 @@ import tinyvit_jax
 from tinyvit_jax.convert import files
 from tinyvit_jax.models import VARIANTS
 
-# The original's own; ours for small images have other stems.
-NAMES = tuple(name for name, variant in VARIANTS.items()
+NAMES = tuple(name for name, variant in VARIANTS.items()  # the original's own
               if name.startswith("tiny_vit_") and "stem_strides" not in variant)
 
 
