@@ -44,6 +44,7 @@ SPECS = {
     "fast": make_spec(),
     "small": make_spec(28, spec="small", pad=2),
     "small jitter": make_spec(32, spec="small", rand_augment=""),
+    "grey": make_spec(64, rand_augment="", greyscale=0.5, pixels="exact"),
 }
 
 
@@ -74,6 +75,7 @@ PIXELS = {
     "fast": ((126.39, 125.05, 123.63), "6f302d2beb338224"),
     "small": ((92.49, 91.25, 89.49), "e72c8c30be63aeb8"),
     "small jitter": ((79.01, 78.64, 78.22), "28da1447e4e62a3c"),
+    "grey": ((122.96, 122.6, 122.39), "fddf023d9eaa8fc7"),
 }
 # The numbers of a view: the hash of the views of seeds 0 to 999 as JSON.
 VIEWS = {
@@ -83,6 +85,7 @@ VIEWS = {
     "fast": "7fef2816f36966a1",
     "small": "7e2dba3063a79ddc",
     "small jitter": "98904cdb97577fc8",
+    "grey": "0f17ff0180e0955c",
 }
 MIXES = "30a35f5501197bf4"
 
@@ -354,12 +357,14 @@ def test_jitter_runs_only_without_rand_augment():
 def test_greyscale_changes_no_other_draw():
     for changes in ({"rand_augment": ""}, {}, {"spec": "small", "rand_augment": ""}):
         plain, grey = make_spec(64, **changes), make_spec(64, **changes, greyscale=0.3)
-        turned = 0
+        turned = flipped_too = 0
         for seed in range(1000):
             a, b = (augment.sample_view(seed, spec) for spec in (plain, grey))
             turned += a.ops != b.ops
             assert b._replace(ops=a.ops) == a
             assert b.ops in (a.ops, (*a.ops, ("ColorIncreasing", 0.0)))
+            flipped_too += b.flip and a.ops != b.ops
+        assert stats.binomtest(flipped_too, 1000, 0.15).pvalue > CONFIDENCE
         assert stats.binomtest(turned, 1000, 0.3).pvalue > CONFIDENCE
 
 
