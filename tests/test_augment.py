@@ -44,6 +44,7 @@ SPECS = {
     "fast": make_spec(),
     "small": make_spec(28, spec="small", pad=2),
     "small jitter": make_spec(32, spec="small", rand_augment=""),
+    "grey": make_spec(64, rand_augment="", greyscale=0.5, pixels="exact"),
 }
 
 
@@ -74,6 +75,7 @@ PIXELS = {
     "fast": ((126.39, 125.05, 123.63), "6f302d2beb338224"),
     "small": ((92.49, 91.25, 89.49), "e72c8c30be63aeb8"),
     "small jitter": ((79.01, 78.64, 78.22), "28da1447e4e62a3c"),
+    "grey": ((122.96, 122.6, 122.39), "fddf023d9eaa8fc7"),
 }
 # The numbers of a view: the hash of the views of seeds 0 to 999 as JSON.
 VIEWS = {
@@ -83,6 +85,7 @@ VIEWS = {
     "fast": "7fef2816f36966a1",
     "small": "7e2dba3063a79ddc",
     "small jitter": "98904cdb97577fc8",
+    "grey": "0f17ff0180e0955c",
 }
 MIXES = "30a35f5501197bf4"
 
@@ -351,6 +354,61 @@ def test_jitter_runs_only_without_rand_augment():
     assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.08
 
 
+def test_greyscale_changes_no_other_draw():
+    for changes in ({"rand_augment": ""}, {}, {"spec": "small", "rand_augment": ""}):
+        plain, grey = make_spec(64, **changes), make_spec(64, **changes, greyscale=0.3)
+        turned = flipped_too = 0
+        for seed in range(1000):
+            a, b = (augment.sample_view(seed, spec) for spec in (plain, grey))
+            turned += a.ops != b.ops
+            assert b._replace(ops=a.ops) == a
+            assert b.ops in (a.ops, (*a.ops, ("ColorIncreasing", 0.0)))
+            flipped_too += b.flip and a.ops != b.ops
+        assert stats.binomtest(flipped_too, 1000, 0.15).pvalue > CONFIDENCE
+        assert stats.binomtest(turned, 1000, 0.3).pvalue > CONFIDENCE
+
+
+def test_a_grey_view_is_pils_grey():
+    """Crop, flip, jitter, then grey: torchvision's order and PIL's pixels."""
+    pil_image = pytest.importorskip("PIL.Image")
+    for changes in ({"pad": 12}, {"pad": 12, "color_jitter": 0.2}):
+        settings = {"spec": "small", "rand_augment": "", "erase": 0.0, "color_jitter": 0.0}
+        plain, grey = (make_spec(96, **{**settings, **changes, "greyscale": p}) for p in (0.0, 1.0))
+        for seed in range(5):
+            colour, found = (augment.apply_view(
+                wave_image(96, 96), augment.sample_view(seed, spec), spec)
+                for spec in (plain, grey))
+            expected = np.asarray(pil_image.fromarray(colour).convert("L"))
+            assert np.array_equal(found, expected[..., None].repeat(3, 2))
+
+
+def test_jitter_is_pils_in_the_drawn_order():
+    enhance = pytest.importorskip("PIL.ImageEnhance")
+    pil_image = pytest.importorskip("PIL.Image")
+    steps = {"BrightnessIncreasing": enhance.Brightness, "ContrastIncreasing": enhance.Contrast,
+             "ColorIncreasing": enhance.Color}
+    spec = make_spec(32, spec="small", pad=4, rand_augment="", erase=0.0, color_jitter=0.4)
+    plain = make_spec(32, spec="small", pad=4, rand_augment="", erase=0.0, color_jitter=0.0)
+    for seed in range(20):
+        view = augment.sample_view(seed, spec)
+        expected = pil_image.fromarray(augment.apply_view(
+            wave_image(32, 32), augment.sample_view(seed, plain), plain))
+        for name, factor in view.ops:
+            expected = steps[name](expected).enhance(factor)
+        found = augment.apply_view(wave_image(32, 32), view, spec)
+        assert np.array_equal(found, np.asarray(expected))
+
+
+def test_a_spec_of_before_there_was_greyscale():
+    fields = augment.to_dict(make_spec(32, spec="small"))
+    assert "greyscale" not in fields
+    assert augment.from_dict(fields) == make_spec(32, spec="small")
+    assert augment.to_dict(make_spec(32, spec="small", greyscale=0.1))["greyscale"] == 0.1
+    assert make_spec(spec="none", greyscale=0.1) == make_spec(spec="none")
+    with pytest.raises(augment.SpecError, match=r"augment\.greyscale=0\.1 cannot be replayed"):
+        make_spec(spec="microsoft", greyscale=0.1)
+
+
 def test_noise_differs_from_view_to_view():
     spec = make_spec(erase=1.0)
     assert len({augment.sample_view(seed, spec).noise for seed in range(100)}) == 100
@@ -395,7 +453,7 @@ def test_spec_forgets_settings_without_effect():
 
 @pytest.mark.parametrize("change", [
     {"flip": 0.4}, {"erase": 0.1}, {"rand_augment": ""}, {"scale": (0.1, 1)}, {"ratio": (1, 1)},
-    {"mixup": 0.1}, {"cutmix": 0.1}, {"spec": "small"}])
+    {"mixup": 0.1}, {"cutmix": 0.1}, {"spec": "small"}, {"greyscale": 0.1}])
 def test_spec_remembers_settings_with_effect(change):
     assert make_spec(**change) != make_spec()
 

@@ -23,7 +23,7 @@ def test_default_is_valid():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_shipped_config_is_valid(path):
     module = load(path)
-    for stage in getattr(module, "DROP_PATH", {None: 0}):
+    for stage in getattr(module, "STAGES", getattr(module, "DROP_PATH", {None: 0})):
         config = module.get_config(stage) if stage else module.get_config()
         config.model.init_from = config.model.init_from or "weights.pth"  # finetune needs some
         assert isinstance(config, type(configs.default()))
@@ -59,6 +59,7 @@ def test_finetune_asks_for_weights():
     ("train.accumulate", 3), ("augment.erase", 1.5), ("model.dtype", "float64"),
     ("store.block_views", 3), ("store.shard_views", 300), ("optim.learning_rate", 0.0),
     ("eval.crop", "round"), ("optim.layer_decay", 0.0), ("augment.mixup", -1.0),
+    ("augment.greyscale", 2.0),
 ])
 def test_what_cannot_work_is_named(key, value):
     c = configs.default()

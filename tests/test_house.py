@@ -12,9 +12,9 @@ NUMPY = {"numpy"}
 JAX = {"jax", "numpy"}
 GROUND = {"batch"}
 HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.color", "data.warp",
-        "data.rand_augment", "data.spec",
+        "data.ppm", "data.rand_augment", "data.spec",
         "data.microsoft", "data.augment", "data.source", "data.folder",
-        "data.pack", "data.tfds", "data.images", "data.finder", "data.labels",
+        "data.pack", "data.tfds", "data.binary", "data.images", "data.finder", "data.labels",
         "store.codec", "store.codec_v1", "store.levels", "store.sections", "store.keys",
         "store.files", "store.place", "store.remote", "store.claims", "store.manifest",
         "store.blocks", "store.store", "store.shards", "store.rows", "store.edit", "store.merge",
@@ -26,7 +26,7 @@ WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "con
            "convert.tinyvit", "convert.clip", "convert.vit", "convert.tree", "checkpoint",
            "heads", "weights", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
-                    "config", "matching", "forecast"}
+                    "config", "matching", "forecast", "scores"}
 LOOP = {"memory", "meter", "packing", "program", "resume"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
@@ -36,6 +36,7 @@ FLOORS = {
     "cores": (set(), set()),
     "config": (set(), {"ml_collections"}),
     "stages": ({"config"}, {"ml_collections"}),
+    "small": ({"config"}, {"ml_collections"}),
     "log": (set(), {"tqdm"}),
     "plots": ({"log"}, NUMPY | {"matplotlib"}),
     "compile_cache": (set(), set()),
@@ -43,7 +44,8 @@ FLOORS = {
     "data.draws": (set(), NUMPY),
     "data.order": ({"data.draws", "store.manifest", "store.store"}, NUMPY),
     "data.jpeg": (set(), NUMPY | {"simplejpeg"}),
-    "data.ops": ({"data.jpeg"}, NUMPY | {"cv2"}),
+    "data.ppm": (set(), NUMPY),
+    "data.ops": ({"data.jpeg", "data.ppm"}, NUMPY | {"cv2"}),
     "data.color": ({"data.ops"}, NUMPY | {"cv2"}),
     "data.warp": ({"data.ops"}, NUMPY | {"cv2"}),
     "data.spec": ({"data.rand_augment"}, set()),
@@ -57,7 +59,9 @@ FLOORS = {
     "data.folder": ({"data.source"}, NUMPY),
     "data.pack": ({"cores", "data.source", "data.ops"}, NUMPY | {"array_record"}),
     "data.tfds": ({"data.source"}, NUMPY | {"tensorflow_datasets"}),
-    "data.images": ({"data.source", "data.folder", "data.pack", "data.tfds"}, set()),
+    "data.binary": ({"data.source", "data.ppm"}, NUMPY),
+    "data.images": ({"data.source", "data.folder", "data.pack", "data.tfds", "data.binary"},
+                    set()),
     "data.pipeline": (GROUND | HOST, NUMPY | {"grain", "absl"}),
     "store.sections": (set(), NUMPY | {"zstandard"}),
     "store.levels": (set(), NUMPY),
@@ -107,7 +111,8 @@ FLOORS = {
     "heads": ({"log", "convert.files"}, NUMPY),
     "weights": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
     "evaluate": (DEVICE, JAX),
-    "report": ({"log", "evaluate"}, NUMPY),
+    "scores": (set(), NUMPY),
+    "report": ({"log", "evaluate", "scores"}, NUMPY),
     "measure": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "importing": ({"log"} | HOST, NUMPY),
     "team": (set(), JAX),

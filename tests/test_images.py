@@ -143,7 +143,8 @@ def test_folder_refuses_what_is_no_set(tmp_path, names, message):
 
 @pytest.mark.parametrize("name", ["", "imagenet", "folder:", "folder", "http://x", "embedded:x"])
 def test_unknown_sources_are_refused_with_the_list(name):
-    with pytest.raises(SourceError, match="embedded, folder:/path, pack:/path, tfds:name"):
+    with pytest.raises(SourceError, match="embedded, folder:/path, pack:/path, tfds:name, "
+                                          "binary:/path"):
         open_source(name, "train")
 
 
@@ -236,8 +237,11 @@ def make_tfds(data_dir: Path, splits: dict[str, int], without: str = "",
 
 
 def make_imagenet(data_dir: Path, set_name: str, split: str, examples: list[dict],
-                  version: str = "1.0.0", config: str = "") -> None:
-    """Prepares images under the name, the features and the classes of a set that tfds knows."""
+                  version: str = "1.0.0", config: str = "", names: tuple[str, ...] = ()) -> None:
+    """Prepares images under the name, the features and the classes of a set that tfds knows.
+
+    Some sets, such as CIFAR, name their classes only while they are prepared.
+    """
     tfds = pytest.importorskip("tensorflow_datasets")
     known = tfds.builder(f"{set_name}/{config}".rstrip("/"), data_dir=str(data_dir))
 
@@ -251,11 +255,14 @@ def make_imagenet(data_dir: Path, set_name: str, split: str, examples: list[dict
                                          features=known.info.features)
 
         def _split_generators(self, _):
+            if names:
+                self.info.features["label"].names = names
             return {split: self._generate_examples()}
 
         def _generate_examples(self):
             for i, fields in enumerate(examples):
-                yield i, {"image": io.BytesIO(png(i)), "file_name": f"{i}.JPEG", **fields}
+                known_fields = {"image": io.BytesIO(png(i)), "file_name": f"{i}.JPEG", **fields}
+                yield i, {key: known_fields[key] for key in known.info.features}
 
     options = {"config": config} if config else {}
     Builder(data_dir=str(data_dir), file_format="array_record", **options).download_and_prepare()
@@ -388,6 +395,35 @@ def test_tfds_sets_beside_imagenet_have_a_test_split(tmp_path, name, version, co
     present_only = name in ("imagenet_a", "imagenet_r")
     assert labels.scores_present_only("auto", full) == present_only
     assert labels.scores_present_only("auto", f"{full}:{version}") == present_only
+
+
+def test_tfds_cifar(tmp_path):
+    """Keyed by tensorflow-datasets' own ids; CIFAR-100 by its fine labels."""
+    fine = tuple(f"fine{i}" for i in range(100))
+    make_imagenet(tmp_path, "cifar10", "train", [
+        {"id": f"train_{i:05d}", "label": i} for i in (9, 0, 4)], "3.0.2", names=fine[:10])
+    make_imagenet(tmp_path, "cifar100", "test", [
+        {"id": f"test_{i:05d}", "label": i, "coarse_label": 3} for i in (99, 17)], "3.0.2",
+        names=fine)
+    train = open_source("tfds:cifar10", "train", str(tmp_path))
+    assert {e.key: e.label for e in train.read(range(3))} == {
+        "train_00009": 9, "train_00000": 0, "train_00004": 4}
+    assert train.class_names == fine[:10]
+    assert sorted(ops.decode(e.image, e.key)[0, 0, 0] for e in train.read(range(3))) == [0, 1, 2]
+    held = open_source("tfds:cifar100", "eval", str(tmp_path))
+    assert {e.key: e.label for e in held.read(range(2))} == {"test_00099": 99, "test_00017": 17}
+    assert (held.class_names, held.split) == (fine, "test")
+
+
+def test_tfds_stl_and_its_images_without_labels(tmp_path):
+    make_imagenet(tmp_path / "train", "stl10", "train", [{"label": i} for i in (1, 9)], "1.0.0")
+    make_imagenet(tmp_path / "rest", "stl10", "unlabelled", [{"label": -1}], "1.0.0")
+    train = open_source("tfds:stl10", "train", str(tmp_path / "train"))
+    assert sorted(e.label for e in train.read(range(2))) == [1, 9]
+    assert {e.key for e in train.read(range(2))} == {
+        hashlib.sha256(png(i)).hexdigest() for i in range(2)}
+    with pytest.raises(SourceError, match=r"split unlabelled, has images without a label\. Choose"):
+        open_source("tfds:stl10", "unlabelled", str(tmp_path / "rest"))[0]
 
 
 def test_which_classes_compete():

@@ -214,6 +214,12 @@ def test_fast_pixels_are_refused_where_exact_ones_are_implied(world, edited):
         start(without_teacher(world.config), world.data, path)
 
 
+def test_grey_views_are_refused_where_none_are_implied(world, edited):
+    path, _ = edited("augment", {**world.manifest.augment, "greyscale": 0.1})
+    with pytest.raises(StoreError, match=r"augment\.greyscale is 0\.1 in the store, 0\.0 here"):
+        start(without_teacher(world.config), world.data, path)
+
+
 def test_a_setting_that_this_release_does_not_know_is_refused(world, edited):
     path, _ = edited("augment", {**world.manifest.augment, "blur": 2})
     with pytest.raises(StoreError, match=r"augment\.blur is 2 in the store, '\(absent\)' here"):

@@ -1,5 +1,6 @@
 import cv2
 import numpy as np
+import pytest
 
 from tinyvit_jax import evaluate, plots, report
 from tinyvit_jax.evaluate import Judged
@@ -23,15 +24,21 @@ def test_views_are_drawn_in_their_colours(tmp_path):
     assert (picture == (0, 0, 255)).all(-1).mean() > 0.2
 
 
-def draw_report(classes, path):
+def judge(classes, none=0):
+    """Six images of each class, two of which are taken for the next class; some without answer."""
     label = np.arange(classes * 6) % classes
     rank = (np.arange(classes * 6) % 7 > 4).astype(np.int32)
     predicted = np.where(rank == 0, label, (label + 1) % classes)
+    predicted[:none], rank[:none] = -1, evaluate.BROKEN
     judged = Judged(label, predicted, np.linspace(0.2, 1, len(label)), rank, rank * 1.0)
     made = {"source": "tfds:a_$et", "split": "test", **evaluate.score(judged),
             **report.make_report(judged, tuple(f"class $_{i}^ of a long name" for i in
                                                range(classes)))}
-    plots.plot_report(made, report.count_confusion(judged), path)
+    return made, report.count_confusion(judged)
+
+
+def draw_report(classes, path):
+    plots.plot_report(*judge(classes), path)
     return cv2.imread(str(path))
 
 
@@ -44,3 +51,15 @@ def test_a_report_of_few_and_of_many_classes(tmp_path):
     assert ((left_few[..., 0] - left_few[..., 2]) > 60).mean() > 0.1
     assert ((left_many[..., 0] - left_many[..., 2]) > 60).mean() < 0.01
     assert ((left_many[..., 2] - left_many[..., 0]) > 60).mean() > 0.1  # bars, orange
+
+
+@pytest.mark.parametrize(("classes", "none"), [(3, 0), (10, 4), (100, 7)])
+def test_a_confusion_matrix_has_a_cell_for_each_pair(classes, none, tmp_path):
+    """The dark diagonal and the paler one beside it are there, and each cell has pixels enough."""
+    plots.plot_confusion(*judge(classes, none), tmp_path / "it.png")
+    picture = cv2.imread(str(tmp_path / "it.png")).astype(int)
+    blue = picture[..., 0] - picture[..., 2]
+    rows, columns = np.flatnonzero((blue > 60).sum(1) > 3), np.flatnonzero((blue > 60).sum(0) > 3)
+    assert rows[-1] - rows[0] > 13 * classes
+    assert columns[-1] - columns[0] > 13 * classes
+    assert max(picture.shape) < 2400

@@ -103,8 +103,9 @@ def test_only_competing_classes_and_labelled_images_stay():
 
 
 def write(tmp_path, judged, names):
-    report.write_report({"x": 1}, report.count_confusion(judged), names, tmp_path)
-    assert json.loads((tmp_path / "report.json").read_text()) == {"x": 1}
+    made = {"x": 1, "per_class": []}
+    report.write_report(made, report.count_confusion(judged), names, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == made
     return list(csv.reader((tmp_path / "confusion.csv").open(newline="")))
 
 
@@ -113,6 +114,18 @@ def test_few_classes_make_a_matrix(tmp_path):
     assert write(tmp_path, judged, ("a", "b, c", "d")) == [
         ["label \\ predicted", "a", "b, c", "d", "(none)"], ["a", "1", "1", "0", "0"],
         ["b, c", "0", "1", "0", "0"], ["d", "0", "0", "0", "1"]]
+
+
+def test_classes_have_a_table_of_their_own(tmp_path):
+    judged = make_judged([0, 0, 1, 1], [0, 1, 1, -1])
+    names = ("a", "b, c", "none")
+    made = report.make_report(judged, names)
+    report.write_report(made, report.count_confusion(judged), names, tmp_path)
+    assert list(csv.reader((tmp_path / "classes.csv").open(newline=""))) == [
+        ["name", "count", "precision", "recall", "f1", "top1", "top5"],
+        ["a", "2", "100.0000", "50.0000", "66.6667", "50.0000", "100.0000"],
+        ["b, c", "2", "50.0000", "50.0000", "50.0000", "50.0000", "100.0000"],
+        ["none", "0", "", "", "", "", ""]]
 
 
 def test_many_classes_make_a_list_of_pairs(tmp_path):
@@ -127,6 +140,7 @@ def test_many_classes_make_a_list_of_pairs(tmp_path):
     ("embedded", [], "embedded"), ("folder:/data/my photos/", [], "my-photos"),
     ("pack:data/photos", ["train"], "photos-train"), ("tfds:imagenet_a", [], "imagenet_a"),
     ("tfds:imagenet_v2/matched-frequency:3.0.0", ["384px", "square"],
-     "imagenet_v2-matched-frequency-3.0.0-384px-square"), ("folder:..", [], "report")])
+     "imagenet_v2-matched-frequency-3.0.0-384px-square"), ("folder:..", [], "report"),
+    ("binary:data/cifar-100-binary/", [], "cifar-100-binary")])
 def test_a_report_is_called_by_its_set(source, unusual, name):
     assert report.name_folder(source, unusual) == name

@@ -55,7 +55,10 @@ def to_torch(images):
 
 
 @pytest.mark.parametrize(("name", "count"), [("tiny_vit_5m_224", 5_392_764),
-                                             ("tiny_vit_21m_224", 21_198_568)])
+                                             ("tiny_vit_21m_224", 21_198_568),
+                                             ("tiny_vit_5m_32", 5_388_264),
+                                             ("tiny_vit_5m_96", 5_391_064),
+                                             ("tiny_vit_1m_32", 1_454_224)])
 def test_parameter_counts(name, count):
     shapes = create_model(name, 1000).variable_shapes()
     assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == count
@@ -92,6 +95,9 @@ def test_no_classes_gives_pooled_features():
     ("tiny_vit_5m_224", 256, None, (8, 8, 16, 8)),
     ("tiny_vit_5m_224", 32, (1, 1), (4, 4, 8, 4)),
     ("tiny_vit_5m_224", 16, None, (1, 1, 1, 1)),
+    ("tiny_vit_5m_32", 32, None, (8, 8, 8, 4)), ("tiny_vit_5m_32", 64, (), (16, 16, 16, 8)),
+    ("tiny_vit_5m_32", 64, (2, 1), (8, 8, 8, 4)), ("tiny_vit_5m_96", 192, None, (16, 16, 24, 12)),
+    ("tiny_vit_1m_32", 96, (2, 2), (12, 12, 6, 3)), ("tiny_vit_1m_32", 32, None, (8, 8, 4, 2)),
 ])
 def test_windows_follow_image_size(name, size, strides, windows):
     assert create_model(name, 10, size, stem_strides=strides).window_sizes == windows

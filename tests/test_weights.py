@@ -160,6 +160,8 @@ def test_another_size_keeps_the_windows_share(trained, tmp_path):
 
 @pytest.mark.parametrize(("name", "size"), [("tiny_vit_5m_224", 224), ("tiny_vit_21m_384", 384),
                                             ("tiny_vit_21m_512", 512),
+                                            ("tiny_vit_5m_32", 32), ("tiny_vit_5m_96", 96),
+                                            ("tiny_vit_1m_32", 32),
                                             ("clip_vit_large14_224", 224)])
 def test_a_variants_size_is_known_by_its_shape(name, size):
     model = weights.models.create_model(name, 7)
@@ -168,7 +170,9 @@ def test_a_variants_size_is_known_by_its_shape(name, size):
 
 @pytest.mark.parametrize(("name", "size", "asked", "windows"), [
     ("tiny_vit_5m_224", 224, 384, (12, 24, 12)), ("tiny_vit_21m_384", 384, 0, (12, 24, 12)),
-    ("tiny_vit_21m_384", 384, 512, (16, 32, 16)), ("tiny_vit_21m_224", 224, 128, (4, 8, 4))])
+    ("tiny_vit_21m_384", 384, 512, (16, 32, 16)), ("tiny_vit_21m_224", 224, 128, (4, 8, 4)),
+    ("tiny_vit_5m_32", 32, 0, (8, 8, 4)), ("tiny_vit_5m_32", 32, 64, (16, 16, 8)),
+    ("tiny_vit_5m_96", 96, 0, (8, 12, 6)), ("tiny_vit_1m_32", 32, 0, (8, 4, 2))])
 @pytest.mark.parametrize("layout", ["microsoft", "timm"])
 def test_a_file_of_a_variant_knows_its_size(name, size, asked, windows, layout, tmp_path,
                                             monkeypatch):
@@ -180,6 +184,7 @@ def test_a_file_of_a_variant_knows_its_size(name, size, asked, windows, layout, 
     found = weights.open_trained(tmp_path / "it.pth", asked)
     assert found.model.image_size == (asked or size)
     assert found.model.window_sizes[1:] == windows
+    assert found.model.stem_strides == model.stem_strides
     table = found.variables["params"]["layers_2"]["blocks_0"]["attn"]["attention_biases"]
     assert table.shape[1] == windows[1] ** 2
 

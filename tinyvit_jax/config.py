@@ -21,7 +21,7 @@ def default() -> ml_collections.ConfigDict:
     c.seed = 0  # initial weights and drop path; the order and views of images hang on data.seed
 
     c.data = d = ml_collections.ConfigDict()
-    d.source = "embedded"  # embedded | folder:/path | pack:/path | tfds:name
+    d.source = "embedded"  # embedded | folder:/path | pack:/path | tfds:name | binary:/path
     d.eval_source = ""  # of the evaluation images; "" = the same source's own split
     d.train_split = "train"
     d.eval_split = "eval"  # val/ or test/ of a folder or pack, else 10 % held out; or a tfds split
@@ -49,6 +49,7 @@ def default() -> ml_collections.ConfigDict:
     a.flip = 0.5  # probability of a horizontal flip
     a.rand_augment = "rand-m9-mstd0.5-inc1"  # timm's notation (docs/augmentation.md); "" = off
     a.color_jitter = 0.4  # brightness, contrast, saturation; used only where rand_augment is off
+    a.greyscale = 0.0  # probability that a view loses its colours, after jitter or RandAugment
     a.erase = 0.25  # probability of random erasing (one rectangle of noise)
     a.mixup = 0.0  # alpha of the Beta distribution; 0 = no mixup
     a.cutmix = 0.0  # alpha; 0 = no CutMix
@@ -236,7 +237,7 @@ def check(config: ml_collections.ConfigDict) -> None:
          f"a multiple of store.block_views ({block})")
     for key in ("mixup", "cutmix"):
         need(0 <= c.augment[key] <= 4, f"augment.{key}", c.augment[key], "an alpha from 0 to 4")
-    for key in ("flip", "erase", "mix_prob", "mix_switch"):
+    for key in ("flip", "greyscale", "erase", "mix_prob", "mix_switch"):
         need(0 <= c.augment[key] <= 1, f"augment.{key}", c.augment[key], "a probability")
     for section, key in (("objective", "temperature"), ("store", "temperature"),
                          ("store", "lease")):

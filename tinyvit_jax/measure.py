@@ -89,7 +89,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, source: images.ImageSo
 
     Args:
         config: a checked config.
-        workdir: gets eval/NAME/ with report.json, confusion.csv and report.png, and the same report
+        workdir: gets eval/NAME/ with report.json, its tables and its pictures, and the same report
             as eval.json.
         source: the evaluation images.
 
@@ -123,6 +123,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, source: images.ImageSo
         confusion = report.count_confusion(kept)
         report.write_report(made, confusion, names, folder)
         plots.plot_report(made, confusion, folder / "report.png")
+        if len(names) <= report.DENSE:
+            plots.plot_confusion(made, confusion, folder / "confusion.png")
         log.write_json(workdir / "eval.json", made)
         print(report.format_report(made, folder), flush=True)
     return made

@@ -10,6 +10,7 @@ from tinyvit_jax import log
 
 _WHOLE = 30  # classes up to which a report shows all of them by name
 _NUMBERED = 12  # and up to which the confusion matrix has numbers
+_CELLS = 40  # and up to which the picture of the matrix alone has some
 _BARS = 20  # most confused pairs shown otherwise
 _COLOURS = ("#1f5fa8", "#d1732f", "#3f8f58", "#8a4f9e")
 
@@ -115,27 +116,82 @@ def _shorten(name: str, length: int = 18) -> str:
     return name.replace("$", r"\$")
 
 
-def _draw_confusion(axis, report: dict[str, Any], confusion) -> None:
-    """The whole matrix, each row in percent of its class; a last column for answers that are none.
+def plot_confusion(report: dict[str, Any], confusion: tuple[np.ndarray, np.ndarray, np.ndarray],
+                   path: Path) -> None:
+    """Draws the confusion matrix alone, so large that 100 classes can be read.
+
+    Args:
+        report: from `measure.run`.
+        confusion: from `report.count_confusion`.
+        path: the PNG to write.
     """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colors, pyplot
+
     names = [_shorten(c["name"]) for c in report["per_class"]]
+    share, columns = _share_confusion(confusion, names)
+    side = min(19.0, 3.2 + (0.42 if len(names) <= _CELLS else 0.155) * len(names))
+    size = 9 if len(names) <= _CELLS else 7.5
+    figure, axis = pyplot.subplots(figsize=(side + 1.2, side), layout="constrained")
+    # By square roots: mistakes are few percent each, and would all be white otherwise.
+    drawn = axis.imshow(share, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 100))
+    axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
+    axis.set_yticks(range(len(names)), names, fontsize=size)
+    axis.set_xticks(np.arange(len(columns)) - 0.5, minor=True)
+    axis.set_yticks(np.arange(len(names)) - 0.5, minor=True)
+    axis.grid(which="minor", color="#c9cdd3", linewidth=0.4)
+    axis.tick_params(which="minor", length=0)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("label")
+    macro = report["macro"]
+    axis.set_title(
+        f"{report['source']} ({report['split']}): {report['count']:,} images, "
+        f"top-1 {report['top1']:.2f} %\nmacro F1 {macro['f1']:.2f} %, precision "
+        f"{macro['precision']:.2f} %, recall {macro['recall']:.2f} %, MCC {report['mcc']:.2f} %",
+        fontsize=11)
+    bar = figure.colorbar(drawn, shrink=0.6, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
+    bar.set_label("% of each label")
+    if len(names) <= _CELLS:
+        _write_shares(axis, share, 8)
+    _save(figure, path)
+
+
+def _share_confusion(confusion, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """The whole matrix, each row in percent of its class, and the names of its columns.
+
+    A last column is for answers that are none, where there are some.
+    """
     label, predicted, images = confusion
     table = np.zeros((len(names), len(names) + 1))
     table[label, predicted] = images  # -1 is the last column
     if not table[:, -1].any():
         table = table[:, :-1]
-    share = 100 * table / np.maximum(table.sum(-1, keepdims=True), 1)
+    return (100 * table / np.maximum(table.sum(-1, keepdims=True), 1),
+            [*names, "(none)"][:table.shape[1]])
+
+
+def _write_shares(axis, share: np.ndarray, size: float, light: float = 30) -> None:
+    """Writes percentages into the cells that have some, in white where they are above `light`."""
+    for i, j in np.argwhere(share > 0):
+        text = f"{share[i, j]:.0f}" if share[i, j] >= 1 else "<1"
+        axis.text(j, i, text, ha="center", va="center", fontsize=size,
+                  color="white" if share[i, j] > light else "black")
+
+
+def _draw_confusion(axis, report: dict[str, Any], confusion) -> None:
+    """The whole matrix in a part of a figure."""
+    names = [_shorten(c["name"]) for c in report["per_class"]]
+    share, columns = _share_confusion(confusion, names)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    columns = [*names, "(none)"][:table.shape[1]]
     axis.set_xticks(range(len(columns)), columns, rotation=90 if len(names) > 4 else 0, fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xlabel("predicted")
     axis.set_ylabel("label")
     axis.set_title("confusion, % of each label", fontsize=10)
     if len(names) <= _NUMBERED:
-        for i, j in np.argwhere(table > 0):
-            axis.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=9,
-                      color="white" if share[i, j] > 55 else "black")
+        _write_shares(axis, share, 9, light=55)
 
 
 def _draw_pairs(axis, report: dict[str, Any]) -> None:

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit_jax import log
+from tinyvit_jax import log, scores
 from tinyvit_jax.evaluate import Judged
+from tinyvit_jax.scores import Confusion
 
 BINS = 15  # of the calibration error: Guo et al. 2017, arXiv 1706.04599, table 1
-DENSE = 100  # classes up to which confusion.csv is a whole matrix
+DENSE = 100  # classes up to which confusion.csv is a whole matrix, and drawn as one
 _PAIRS = 50  # most confused ones that the report keeps
 _LISTED = 5  # worst classes that the command prints
+_COLUMNS = ("name", "count", "precision", "recall", "f1", "top1", "top5")  # of classes.csv
+_PLACES = ("folder", "pack", "binary")  # sources that are called by the end of their path
 NONE = "(none)"  # how a broken or tied answer is called
-
-Confusion = tuple[np.ndarray, np.ndarray, np.ndarray]  # label, predicted (-1: none), images
 
 
 def keep_scored(judged: Judged, class_names: tuple[str, ...], competing: np.ndarray | None
@@ -59,10 +60,13 @@ def make_report(judged: Judged, names: tuple[str, ...]) -> dict[str, Any]:
     Returns:
         top1_interval: Wilson's 95 % interval of the top-1, in percent.
         mean_class_top1, mean_class_top5: means over the classes that have images, in percent.
+        macro: {"precision", "recall", "f1"}, likewise; see scores.py, also for the next two.
+        mcc: Matthews' correlation coefficient in percent.
         calibration: {"error", "bins"}; see `measure_calibration`.
         most_confused: up to 50 of {"label", "predicted", "count", "share"}, share of the label's
             images.
-        per_class: of each class {"name", "count", "top1", "top5"}, null for one without images.
+        per_class: of each class {"name", "count", "top1", "top5", "precision", "recall", "f1"} in
+            percent, null where a class without images has none.
         broken: images that the model gave a NaN for.
         tied: wrong answers that are no answer: several classes tie at the top.
     """
@@ -70,19 +74,29 @@ def make_report(judged: Judged, names: tuple[str, ...]) -> dict[str, Any]:
     counts = np.bincount(label, minlength=len(names))
     top1, top5 = (np.bincount(label[rank < k], minlength=len(names)) for k in (1, 5))
     has = counts > 0
-    share1, share5 = (100.0 * t / np.maximum(counts, 1) for t in (top1, top5))
+    share1, share5 = (np.where(has, 100.0 * t / np.maximum(counts, 1), np.nan)
+                      for t in (top1, top5))
     broken = int(np.isnan(judged.confidence).sum())
+    confusion = count_confusion(judged)
+    rates = scores.rate_classes(confusion, len(names))
+    table = {"top1": share1, "top5": share5, "precision": rates.precision, "recall": rates.recall,
+             "f1": rates.f1}
     return {
         "top1_interval": list(wilson_interval(int((rank < 1).sum()), len(rank))),
         "mean_class_top1": float(share1[has].mean()), "mean_class_top5": float(share5[has].mean()),
+        "macro": scores.average(rates), "mcc": scores.correlate(confusion, len(names)),
         "calibration": measure_calibration(judged.confidence, rank < 1),
         "broken": broken, "tied": int((judged.predicted < 0).sum()) - broken,
-        "most_confused": list_confused(count_confusion(judged), counts, names),
+        "most_confused": list_confused(confusion, counts, names),
         "per_class": [
-            {"name": name, "count": int(n), "top1": float(a) if n else None,
-             "top5": float(b) if n else None}
-            for name, n, a, b in zip(names, counts, share1, share5, strict=True)],
+            {"name": name, "count": int(n), **{key: _number(x[i]) for key, x in table.items()}}
+            for i, (name, n) in enumerate(zip(names, counts, strict=True))],
     }
+
+
+def _number(x: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(x) else float(x)
 
 
 def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -149,7 +163,7 @@ def list_confused(confusion: Confusion, counts: np.ndarray, names: tuple[str, ..
 
 def write_report(made: dict[str, Any], confusion: Confusion, names: tuple[str, ...], folder: Path
                  ) -> None:
-    """Writes report.json and confusion.csv.
+    """Writes report.json, classes.csv (a line for each class) and confusion.csv.
 
     Up to 100 classes the CSV is a matrix, labels down and predictions across; of more classes it
     has a line for each pair that occurs, as 21,841 classes would make a matrix of 477 million.
@@ -168,7 +182,19 @@ def write_report(made: dict[str, Any], confusion: Confusion, names: tuple[str, .
         lines.writerows([i, j, n, names[i], called[j]] for i, j, n in zip(
             label.tolist(), predicted.tolist(), images.tolist(), strict=True))
     log.write_atomic(folder / "confusion.csv", text.getvalue().encode())
+    _write_classes(made["per_class"], folder / "classes.csv")
     log.write_json(folder / "report.json", made)
+
+
+def _write_classes(per_class: list[dict[str, Any]], path: Path) -> None:
+    """The table of single classes; what a class has no number for stays empty."""
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(_COLUMNS)
+    for row in per_class:
+        lines.writerow([f"{x:.4f}" if isinstance(x, float) else x
+                        for x in (row[key] for key in _COLUMNS)])
+    log.write_atomic(path, text.getvalue().encode())
 
 
 def name_folder(source: str, unusual: Sequence[str]) -> str:
@@ -179,7 +205,7 @@ def name_folder(source: str, unusual: Sequence[str]) -> str:
         unusual: what else tells this evaluation from others of the same set.
     """
     scheme, _, rest = source.partition(":")
-    own = rest.rstrip("/").rpartition("/")[2] if scheme in ("folder", "pack") else rest or scheme
+    own = rest.rstrip("/").rpartition("/")[2] if scheme in _PLACES else rest or scheme
     return re.sub(r"[^\w.-]+", "-", "-".join([own, *unusual])).strip("-.") or "report"
 
 
@@ -190,9 +216,10 @@ def format_report(made: dict[str, Any], folder: Path) -> str:
     lines = [
         f"{made['source']}: top-1 {made['top1']:.2f} %  top-5 {made['top5']:.2f} %  loss {loss}  "
         f"over {made['count']:,} images",
-        f"top-1 is within {low:.2f} to {high:.2f} % (95 %); mean over classes "
-        f"{made['mean_class_top1']:.2f} %; expected calibration error "
+        f"top-1 is within {low:.2f} to {high:.2f} % (95 %); expected calibration error "
         f"{made['calibration']['error']:.4f}",
+        "mean over classes: precision {precision:.2f} %  recall {recall:.2f} %  F1 {f1:.2f} %; MCC "
+        "{mcc:.2f} %".format(**made["macro"], mcc=made["mcc"]),
         f"weights {made['weights']['path']}, {made['image_size']} pixels, crop {made['crop']}",
     ]
     if made["classes"]["competing"] < made["classes"]["of"]:
@@ -206,4 +233,6 @@ def format_report(made: dict[str, Any], folder: Path) -> str:
     rated = sorted((c for c in made["per_class"] if c["count"]), key=lambda c: c["top1"])
     lines.append("worst classes: " + ", ".join(
         f"{c['name']} {c['top1']:.1f} %" for c in rated[:_LISTED]))
-    return "\n".join([*lines, f"report: {folder}/report.json, report.png, confusion.csv"])
+    drawn = "confusion.png, " if len(made["per_class"]) <= DENSE else ""
+    return "\n".join([*lines, f"report: {folder}/report.json, report.png, {drawn}confusion.csv, "
+                      f"classes.csv"])

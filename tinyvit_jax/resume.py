@@ -23,10 +23,10 @@ _FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.e
          "label_only_twin", "export_torch")
 
 # What runs did whose config had no such key yet.
-_BEFORE = {"augment.pixels": "exact", "objective.temperature": 1.0, "store.temperature": 1.0,
-           "store.tail": "uniform", "model.dropout": -1.0, "model.patch_size": 0,
-           "model.mlp_dims": [], "model.token_layout": "", "model.pool": "", "model.positions": "",
-           "model.norm_order": "", "model.layer_scale": 0.0}
+_BEFORE = {"augment.pixels": "exact", "augment.greyscale": 0.0, "objective.temperature": 1.0,
+           "store.temperature": 1.0, "store.tail": "uniform", "model.dropout": -1.0,
+           "model.patch_size": 0, "model.mlp_dims": [], "model.token_layout": "", "model.pool": "",
+           "model.positions": "", "model.norm_order": "", "model.layer_scale": 0.0}
 
 
 def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict[str, str]) -> None:

@@ -318,7 +318,7 @@ def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int,
         image_size: pixels, see `resize`; 0 = those of the run, of a CLIP file, or of the variant
             whose shape a TinyViT file has. Of another TinyViT file nobody knows them: there it
             is what the file's windows are for, and 0 is 224.
-        stem_strides: for a TinyViT file; () = (2, 2).
+        stem_strides: for a TinyViT file; () = those of the variant whose shape it has, else (2, 2).
         class_names: for a file; () = "class 0", "class 1" ...
         num_heads: for a file; () = as the bias tables of a TinyViT or the notes of a file that was
             written here say, else one for each 64 channels of a CLIP or a ViT.
@@ -350,10 +350,12 @@ def _open_tiny_vit(state: files.State, image_size: int, stem_strides: tuple[int,
                    num_heads: tuple[int, ...]) -> Trained:
     """A TinyViT from its PyTorch weights alone, without names of classes."""
     own = shape.infer_shape(state)
-    model = models.create_model(
-        "tiny_vit", own.num_classes, image_size or None, embed_dims=own.embed_dims,
-        depths=own.depths, num_heads=num_heads or own.num_heads, window_sizes=own.window_sizes,
-        stem_strides=stem_strides)
+    own = own._replace(num_heads=num_heads or own.num_heads)
+    # Strides are in no array, but a variant's windows tell of which variant they are.
+    likely = [stem_strides] if stem_strides else [(2, 2), (2, 1), (1, 1)]
+    found = [models.create_model("tiny_vit", image_size=image_size or None, stem_strides=strides,
+                                 **own._asdict()) for strides in likely]
+    model = next((m for m in found if models.find_image_size(m)), found[0])
     native = models.find_image_size(model)
     model = model.copy(image_size=native or model.image_size)
     trained = Trained(model, tinyvit.from_torch(state, model), (), tinyvit.MEAN, tinyvit.STD,

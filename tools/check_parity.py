@@ -25,7 +25,8 @@ import tinyvit_jax
 from tinyvit_jax.convert import files
 from tinyvit_jax.models import VARIANTS
 
-NAMES = tuple(name for name in VARIANTS if name.startswith("tiny_vit_"))
+NAMES = tuple(name for name, variant in VARIANTS.items()  # the original's own
+              if name.startswith("tiny_vit_") and "stem_strides" not in variant)
 
 
 def make_file(kind: str, module: torch.nn.Module, folder: Path) -> Path:

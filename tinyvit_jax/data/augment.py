@@ -42,6 +42,7 @@ _VIEW_CROP, _VIEW_RATIO = "center", 224 / 256  # the view of "none"
 _TOP, _LEFT, _FLIP = 0, 1, 2
 _JITTER = 10  # order, brightness, contrast, saturation
 _ERASE, _ERASE_TOP, _ERASE_LEFT, _ERASE_NOISE = 20, 21, 22, 23
+_GREY = 30
 _CROP_TRY, _ERASE_TRY = 100, 200  # area and ratio of each attempt
 _OPS = 300  # of RandAugment, and all after it
 # Slots of a pair's mixing parameters.
@@ -56,7 +57,8 @@ class View(NamedTuple):
         top: where the crop begins in its free range, in [0, 1).
         left: likewise.
         flip: mirrored or not.
-        ops: (name, argument) of RandAugment or of the colour jitter, in order of application.
+        ops: (name, argument) of RandAugment or of the colour jitter and then of turning grey, in
+            order of application.
         erase: the erased rectangle, or NO_BOX.
         noise: the key of the noise in it.
     """
@@ -147,11 +149,14 @@ def _area_and_ratio(seed: int, slot: int, area: tuple[float, float],
 
 
 def _sample_ops(seed: int, spec: Spec) -> rand_augment.Applied:
-    if not spec.rand_augment:
-        return _sample_jitter(seed, spec)
-    return rand_augment.sample(seed, rand_augment.parse(spec.rand_augment), _OPS)
+    applied = rand_augment.sample(seed, rand_augment.parse(spec.rand_augment), _OPS) if (
+        spec.rand_augment) else _sample_jitter(seed, spec)
+    if spec.greyscale and draws.unit(seed, _GREY) < spec.greyscale:
+        applied += _TO_GREY
+    return applied
 
 
+_TO_GREY = (("ColorIncreasing", 0.0),)  # no saturation is PIL's grey, on all three channels
 _JITTERS = tuple(itertools.permutations(
     ("BrightnessIncreasing", "ContrastIncreasing", "ColorIncreasing")))
 

@@ -6,6 +6,7 @@ eval/) has these splits; of any other folder every tenth image is held out, alwa
 
 from pathlib import Path
 
+from tinyvit_jax.data.binary import BinarySource
 from tinyvit_jax.data.folder import FolderSource
 from tinyvit_jax.data.pack import PackSource
 from tinyvit_jax.data.source import Example, ImageSource, SourceError
@@ -13,14 +14,15 @@ from tinyvit_jax.data.tfds import TfdsSource
 
 __all__ = ["Example", "ImageSource", "SourceError", "open_source"]
 
-SCHEMES = ("embedded", "folder:/path", "pack:/path", "tfds:name")
+SCHEMES = ("embedded", "folder:/path", "pack:/path", "tfds:name", "binary:/path")
 
 
 def open_source(source: str, split: str, data_dir: str = "") -> ImageSource:
     """Opens one split of a source.
 
     Args:
-        source: "embedded", "folder:/path", "pack:/path" or "tfds:name[/config]".
+        source: "embedded", "folder:/path", "pack:/path", "tfds:name[/config]", or "binary:/path"
+            for the files that CIFAR-10, CIFAR-100 and STL-10 are published as.
         split: "train" or "eval"; for tfds any split it has.
         data_dir: where tensorflow-datasets keeps its files; "" = its own default.
 
@@ -34,6 +36,8 @@ def open_source(source: str, split: str, data_dir: str = "") -> ImageSource:
         return FolderSource(Path(rest), split)
     if scheme == "pack" and rest:
         return PackSource(Path(rest), split, source)
+    if scheme == "binary" and rest:
+        return BinarySource(Path(rest), split)
     if scheme == "tfds" and rest:
         return TfdsSource(rest, split, data_dir)
     raise SourceError(

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from tinyvit_jax.data import jpeg
+from tinyvit_jax.data import jpeg, ppm
 from tinyvit_jax.data.jpeg import Box
 
 cv2.setNumThreads(0)
@@ -61,7 +61,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
 
     Returns:
         uint8 [H, W, 3] RGB, turned upright by its EXIF orientation; grey is repeated over the
-        channels, alpha is dropped, 16 bits become 8.
+        channels, alpha is dropped, 16 bits become 8. Of a plain PPM it is the bytes themselves and
+        cannot be written to.
 
     Raises:
         ImageError: for bytes that are no image, or not all of one.
@@ -91,6 +92,10 @@ def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
     """
     if not data or _jpeg_stops_early(data):
         raise make_image_error(name, len(data))
+    pixels = ppm.decode(data)
+    if pixels is not None:
+        y0, x0, y1, x1 = place(*pixels.shape[:2])
+        return crop(pixels, y0, x0, y1 - y0, x1 - x0)
     header = jpeg.read_header(data)
     if header is not None:
         box = place(header.height, header.width)

@@ -46,13 +46,19 @@ class Spec:
     mix_switch: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    pixels: str = "exact"  # of a spec written before there was a choice, too
+    # Later fields: a spec written before they were there means these values.
+    pixels: str = "exact"
+    greyscale: float = 0.0
 
     @property
     def fill(self) -> tuple[int, int, int]:
         """Colour of what a geometric operation uncovers."""
         r, g, b = (min(255, round(255 * m)) for m in self.mean)
         return r, g, b
+
+
+_LATER = {field.name: field.default for field in dataclasses.fields(Spec)
+          if field.default is not dataclasses.MISSING}
 
 
 def make_spec(augment_config: Any, image_size: int) -> Spec:
@@ -77,7 +83,7 @@ def make_spec(augment_config: Any, image_size: int) -> Spec:
     text = a.rand_augment if random else ""
     _check_rand_augment(text)
     if a.spec == "microsoft":
-        _check_microsoft(text, a.color_jitter)
+        _check_microsoft(text, a.color_jitter, a.greyscale)
     return Spec(
         spec=a.spec, version=_version(a.spec), image_size=int(image_size),
         scale=_pair(a.scale) if crops else (0.0, 0.0),
@@ -92,6 +98,7 @@ def make_spec(augment_config: Any, image_size: int) -> Spec:
         mix_prob=float(a.mix_prob) if mixes else 0.0,
         mix_switch=float(a.mix_switch) if a.mixup > 0 and a.cutmix > 0 and a.mix_prob > 0 else 0.0,
         mean=MEAN, std=STD, pixels=a.pixels if a.spec == "imagenet" else "exact",
+        greyscale=float(a.greyscale) if random else 0.0,
     )
 
 
@@ -112,8 +119,12 @@ def _check_rand_augment(text: str) -> None:
                         ) from None
 
 
-def _check_microsoft(text: str, color_jitter: float) -> None:
+def _check_microsoft(text: str, color_jitter: float, greyscale: float) -> None:
     """Refuses what the original's own code does not do, so that no store of it has such views."""
+    if greyscale:
+        raise SpecError(
+            f"--config.augment.greyscale={greyscale} cannot be replayed as augment.spec=microsoft: "
+            f"the original turns no view grey. Set augment.greyscale=0.")
     if "mstdinf" in text.split("-"):
         raise SpecError(
             f"--config.augment.rand_augment={text} cannot be replayed as augment.spec=microsoft: "
@@ -128,13 +139,13 @@ def _check_microsoft(text: str, color_jitter: float) -> None:
 
 
 def to_dict(spec: Spec) -> dict[str, Any]:
-    """A dictionary that JSON keeps without loss; "pixels" is in it where it is not exact.
+    """A dictionary that JSON keeps without loss; later fields are in it where they say something.
 
-    So the stores written before there was a choice are equal to new ones of the same views.
+    So the stores written before a field was there are equal to new ones of the same views.
     """
     return {key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(spec).items()
-            if (key, value) != ("pixels", "exact")}
+            if key not in _LATER or value != _LATER[key]}
 
 
 def from_dict(fields: Mapping[str, Any]) -> Spec:
@@ -151,7 +162,7 @@ def from_dict(fields: Mapping[str, Any]) -> Spec:
             f"again."
         )
     known = {field.name for field in dataclasses.fields(Spec)}
-    fields = {"pixels": "exact", **fields}
+    fields = {**_LATER, **fields}
     if known != set(fields):
         raise SpecError(
             f"The augmentation of version {replayed} does not have its fields: missing "

@@ -96,12 +96,12 @@ def find_image_size(model: Model) -> int:
     own = describe_shape(model)
     if "patch_size" in own:
         return own["image_size"]
-    if own.get("stem_strides", (2, 2)) != (2, 2):
-        return 0
     for name, variant in VARIANTS.items():
         if name in FAMILIES or family_of(name) != family_of(model):
             continue
         size = variant["image_size"]
+        if "stem_strides" in own:
+            variant = {"stem_strides": (2, 2), **variant}
         if "window_sizes" in variant:
             size = size * own["window_sizes"][1] // variant["window_sizes"][1]
             variant = {**variant, "window_sizes": scale_windows(

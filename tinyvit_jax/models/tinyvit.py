@@ -11,19 +11,28 @@ import numpy as np
 
 from tinyvit_jax.models import layers
 
+_5M = {"embed_dims": (64, 128, 160, 320), "depths": (2, 2, 6, 2), "num_heads": (2, 4, 5, 10)}
 _21M = {"embed_dims": (96, 192, 384, 576), "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 18)}
 
 # The original's registry. Windows are in tokens; the first stage uses neither heads nor window.
 VARIANTS: dict[str, dict] = {
-    "tiny_vit_5m_224": {
-        "image_size": 224, "embed_dims": (64, 128, 160, 320), "depths": (2, 2, 6, 2),
-        "num_heads": (2, 4, 5, 10), "window_sizes": (7, 7, 14, 7)},
+    "tiny_vit_5m_224": {"image_size": 224, **_5M, "window_sizes": (7, 7, 14, 7)},
     "tiny_vit_11m_224": {
         "image_size": 224, "embed_dims": (64, 128, 256, 448), "depths": (2, 2, 6, 2),
         "num_heads": (2, 4, 8, 14), "window_sizes": (7, 7, 14, 7)},
     "tiny_vit_21m_224": {"image_size": 224, **_21M, "window_sizes": (7, 7, 14, 7)},
     "tiny_vit_21m_384": {"image_size": 384, **_21M, "window_sizes": (12, 12, 24, 12)},
     "tiny_vit_21m_512": {"image_size": 512, **_21M, "window_sizes": (16, 16, 32, 16)},
+    # Ours, for small images: the stem shrinks less, so that the four stages have maps of 32, 16, 8
+    # and 4 tokens a side at 32 pixels, and of 48, 24, 12 and 6 at 96.
+    "tiny_vit_5m_32": {"image_size": 32, **_5M, "window_sizes": (8, 8, 8, 4),
+                       "stem_strides": (1, 1)},
+    "tiny_vit_5m_96": {"image_size": 96, **_5M, "window_sizes": (8, 8, 12, 6),
+                       "stem_strides": (2, 1)},
+    # For CPUs: maps of 16, 8, 4 and 2, each one window.
+    "tiny_vit_1m_32": {
+        "image_size": 32, "embed_dims": (32, 64, 128, 192), "depths": (1, 2, 3, 1),
+        "num_heads": (1, 2, 4, 6), "window_sizes": (8, 8, 4, 2), "stem_strides": (2, 1)},
     # One's own: the caller gives all four.
     "tiny_vit": {
         "image_size": 224, "embed_dims": (), "depths": (), "num_heads": (), "window_sizes": ()},
@@ -219,7 +228,10 @@ class TinyViT(nn.Module):
         return self.head(x) if self.num_classes else x
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """The maps of the four stages: [B, H/s, W/s, C] with s = 4, 8, 16, 32, rounded up."""
+        """The maps of the four stages: [B, H/s, W/s, C] with s = 4, 8, 16, 32, rounded up.
+
+        That is with the stem's usual strides; with (2, 1) s = 2, 4, 8, 16.
+        """
         x = self.patch_embed(images, train)
         maps = []
         for stage in self.layers:
@@ -254,19 +266,24 @@ def make_tiny_vit(name: str, variant: dict, settings: dict) -> TinyViT:
     Raises:
         ValueError: a part of its shape or a rate that cannot work.
     """
-    strides = _check_strides(settings.get("stem_strides", (2, 2)))
+    own = variant.get("stem_strides", (2, 2))
+    strides = _check_strides(settings.get("stem_strides", own))
     model = TinyViT(**{**variant, **settings, "stem_strides": strides})
     _check_shape(name, model)
     _check_rates(model)
     given = "window_sizes" in settings
-    return model if given else _scale_windows(model, variant["image_size"])
+    return model if given else _scale_windows(model, variant["image_size"] / math.prod(own))
 
 
-def _scale_windows(model: TinyViT, image_size: int) -> TinyViT:
-    """Gives windows that are meant for `image_size` pixels their share of this model's maps."""
-    strides = math.prod(model.stem_strides) / 4
-    return model.copy(window_sizes=scale_windows(model.window_sizes, image_size * strides,
-                                                 model.image_size))
+def _scale_windows(model: TinyViT, tokens: float) -> TinyViT:
+    """Gives windows that are meant for `tokens` behind the stem their share of this model's maps.
+
+    Args:
+        model: its windows are those of its variant.
+        tokens: on a side of the variant's first map.
+    """
+    return model.copy(window_sizes=scale_windows(
+        model.window_sizes, tokens, model.image_size / math.prod(model.stem_strides)))
 
 
 def _check_shape(name: str, model: TinyViT) -> None:

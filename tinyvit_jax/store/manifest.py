@@ -207,7 +207,8 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-_IMPLIED = {"augment.pixels": "exact"}  # where a manifest says nothing of a field
+# Where a manifest says nothing of a field.
+_IMPLIED = {"augment.pixels": "exact", "augment.greyscale": 0.0}
 
 
 def compare(path: str | Path, wanted: dict, found: dict, remedy: str) -> None:
