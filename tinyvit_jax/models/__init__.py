@@ -15,7 +15,7 @@ from tinyvit_jax.models.clip import ClipViT
 from tinyvit_jax.models.tinyvit import TinyViT, scale_windows
 
 __all__ = ["FAMILIES", "VARIANTS", "ClipViT", "TinyViT", "create_model", "describe_shape",
-           "family_of", "find_image_size", "scale_windows"]
+           "family_of", "find_image_size", "has_distillation_token", "scale_windows"]
 
 Model = Any  # a flax module, of a kind that FAMILIES names
 
@@ -106,6 +106,11 @@ def find_image_size(model: Model) -> int:
                else own[key] == value for key, value in variant.items() if key != "image_size"):
             return size
     return 0
+
+
+def has_distillation_token(model: Model) -> bool:
+    """Whether a model has a head of its own for a teacher's answers: its method `answers`."""
+    return bool(getattr(model, "distillation_token", False))
 
 
 def _choose_known(name: str, family: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
