@@ -206,20 +206,23 @@ def plot_teachers(result: dict[str, Any], path: Path) -> None:
 
     alone = [row for row in result["rows"] if "entropy" not in row]
     taught = [row for row in result["rows"] if "entropy" in row]
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5.4), layout="constrained", sharey=True)
+    colours = pyplot.get_cmap("tab10").colors
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 6), layout="constrained", sharey=True)
     figure.suptitle(f"one student of {result['student']['parameters']:,} parameters, "
                     f"{len(taught)} ways to teach it", fontsize=13)
     for axis, key, title, label in (
             (axes[0], "parameter_ratio", "capacity gap", "parameters of the teacher x student's"),
             (axes[1], "entropy_views", "sureness of the teacher",
              f"its mean entropy at T on training views, nats (all classes alike: "
-             f"{result['uniform_entropy']:.2f} )"),
+             f"{result['uniform_entropy']:.2f})"),
             (axes[2], "agreement", "how well it could be followed",
              "evaluation images on which both say the same, %")):
-        rows = [row for row in taught if row[key] is not None]
-        for number, row in enumerate(rows):
-            colour = _COLOURS[number % len(_COLOURS)]
-            x, top1 = row[key], row["student_top1"]
+        rows = [(i, row) for i, row in enumerate(taught) if row[key] is not None]
+        for number, row in rows:
+            colour, top1 = colours[number % len(colours)], row["student_top1"]
+            x = row[key]
+            if key == "parameter_ratio":  # those of one size side by side
+                x *= 1.04 ** sum(other[key] == x for i, other in rows if i < number)
             axis.errorbar(x, top1, [[top1 - row["low"]], [row["high"] - top1]], fmt="o",
                           color=colour, markersize=7, capsize=3,
                           label=f"{_shorten(row['teacher'], 26)}, T = {row['temperature']:g}: "
@@ -231,7 +234,7 @@ def plot_teachers(result: dict[str, Any], path: Path) -> None:
             axis.axhspan(row["low"], row["high"], color="black", alpha=0.08, linewidth=0)
         if key == "parameter_ratio" and rows:
             axis.set_xscale("log")
-            ticks = sorted({round(row[key], 1) for row in rows})
+            ticks = sorted({round(row[key], 1) for _, row in rows})
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
         axis.margins(x=0.15, y=0.12)
@@ -240,7 +243,9 @@ def plot_teachers(result: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("top-1 on the evaluation images, %\n"
                        "filled: student, hollow: its teacher, dashed: student on labels only")
-    axes[2].legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=9, loc="best")
+    if taught:
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=min(4, len(taught)), frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from reference import bench_report
 from reference.bench_end_to_end import ROOT, Case, Steps, fill_store, load_config, make_steps
 from reference.bench_timing import count_cpus, quartiles, race
@@ -108,7 +110,6 @@ def _compare(speeds: dict[str, list[float]], name: str) -> dict[str, float]:
 def make_random_teacher(case: Case, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The config's own teacher, whose weights do not matter for what it costs; and both sizes."""
     import jax
-    import jax.numpy as jnp
 
     from tinyvit_jax import mesh as meshes
     from tinyvit_jax import teachers, weights
@@ -118,11 +119,17 @@ def make_random_teacher(case: Case, folder: Path) -> tuple[Any, dict[str, Any]]:
     names = tuple(case.source.class_names)
     student = weights.make_model(weights.complete(config.model), case.classes)
     model = weights.make_model(config.teacher, case.classes, student.image_size)
-    images = jnp.zeros((1, model.image_size, model.image_size, 3))
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    generator = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        if path[-1].key in ("scale", "var"):
+            return np.ones(leaf.shape, np.float32)
+        return generator.normal(0, 0.05, leaf.shape).astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(draw, model.variable_shapes())
     weights.save_trained(weights.Trained(
-        model, jax.device_get(variables), names, tuple(config.data.mean), tuple(config.data.std),
-        "center", 1.0), folder)
+        model, variables, names, tuple(config.data.mean), tuple(config.data.std), "center", 1.0),
+        folder)
     config.teacher.weights = str(folder)
     made = teachers.make_teacher(config.teacher, names, student.image_size, meshes.make_mesh(),
                                  config.objective.temperature)
@@ -134,7 +141,6 @@ def make_random_teacher(case: Case, folder: Path) -> tuple[Any, dict[str, Any]]:
 def _make_alone(batch: int, size: int, teacher: Any) -> Callable[[int], None]:
     """The teacher on one batch of pixels over and over, without what prepares them."""
     import jax
-    import numpy as np
 
     from tinyvit_jax import mesh as meshes
 
