@@ -1,4 +1,4 @@
-"""tools/benchmark.py input, step and end_to_end: what they measure is what they say they do."""
+"""tools/benchmark.py input, step, end_to_end and live: they measure what they say they do."""
 
 import json
 
@@ -9,6 +9,7 @@ from reference import (
     bench_end_to_end,
     bench_images,
     bench_input,
+    bench_live,
     bench_report,
     bench_step,
     bench_timing,
@@ -202,6 +203,9 @@ def test_peaks_by_name(kind, peak):
     ("step --batch_sizes=0,8", "--batch_sizes=0,8: expected whole numbers above 0"),
     ("end_to_end --batch=3", "--batch=3: expected an even number"),
     ("end_to_end --config=configs/none.py", "there is no such file"),
+    ("live --batch=3", "--batch=3: expected an even number"),
+    ("live --top_k=0", "--top_k=0: expected 1 or more"),
+    ("live --config=configs/none.py:live", "there is no such file"),
     ("end_to_end --top_k=9 --classes=9", "--top_k=9: expected less than --classes=9"),
 ])
 def test_what_cannot_be_measured_is_named(command, message, capsys):
@@ -244,3 +248,32 @@ def test_end_to_end_is_whole(tmp_path, capsys):
     assert result["training"]["steps"] == 36
     assert 0 <= result["training"]["data_wait"]["median"] <= 1
     assert [row["batch"] for row in result["distillation"]] == [100, 2]
+
+
+def test_table_of_live():
+    three = {"median": 1.0, "low": 0.5, "high": 2.0}
+    machine = bench_report.describe_machine(("numpy",)) | {"load": [0.0, None]}
+    memory = {"arguments": 3 << 20, "outputs": 1 << 20, "temporaries": 8 << 20, "program": 0}
+    rows = [{"what": name, "rounds": 7, "milliseconds": three, "cpu_milliseconds": three,
+             "cost": three, "cpu_cost": three, "memory": own}
+            for name, own in ((bench_live.LIVE, memory), (bench_live.ALONE, None))]
+    text = bench_live.format_result({
+        "machine": machine, "rows": rows, "batch": 4, "classes": 10, "image_size": 32,
+        "parameters": [1000, 2000], "macs": [10**6, 10**7]})
+    are_tables(text, 1)
+    assert "|           4.0 |         8.0 |        12.0 |" in text
+    assert "1,000 and 2,000 parameters, 1.0 and 10.0 million" in text
+
+
+@pytest.mark.slow
+def test_live_is_whole(tmp_path, capsys):
+    benchmark.main(["live", "--seconds=0.1", "--batch=4", f"--out={tmp_path}"])
+    are_tables(capsys.readouterr().out, 1)
+    result = json.loads((tmp_path / "live.json").read_text())
+    rows = {row["what"]: row for row in result["rows"]}
+    assert list(rows) == [bench_live.LABELS, bench_live.STORED, bench_live.LIVE, bench_live.ALONE]
+    stays = {name: row["memory"]["arguments"] for name, row in rows.items() if row["memory"]}
+    weights = 4 * result["parameters"][1]
+    assert stays[bench_live.LIVE] - stays[bench_live.LABELS] > weights
+    assert 0 < stays[bench_live.STORED] - stays[bench_live.LABELS] < 1000  # its targets alone
+    assert rows[bench_live.LIVE]["cpu_cost"]["median"] > 1

@@ -36,6 +36,17 @@ def test_unknown_stage_names_the_stages():
         load(ROOT / "configs" / "5m.py").get_config("384")
 
 
+def test_the_quickstart_has_two_stages():
+    get_config = load(ROOT / "configs" / "quickstart.py").get_config
+    stored, live = get_config().to_dict(), get_config("live").to_dict()
+    configs.check(get_config("live"))
+    assert (stored.pop("objective")["name"], live.pop("objective")["name"]) == (
+        "stored_logits", "live_teacher")
+    assert stored == live
+    with pytest.raises(configs.ConfigError, match=r"no stage 'alive'\. Write stored or live"):
+        get_config("alive")
+
+
 def test_finetune_asks_for_weights():
     module = load(ROOT / "configs" / "finetune.py")
     configs.check(module.get_config("frozen"))

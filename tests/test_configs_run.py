@@ -11,7 +11,8 @@ from tinyvit_jax import recipe
 
 ROOT = Path(__file__).parents[1]
 # Every stage once, on the variant that has all of them; the other files by their default stage.
-RUNS = [("quickstart", None), ("5m", "22k_distill"), ("11m", "22k_distill"),
+RUNS = [("quickstart", None), ("quickstart", "live"), ("teachers", None),
+        ("5m", "22k_distill"), ("11m", "22k_distill"),
         *(("21m", stage) for stage in ("22k_distill", "22kto1k", "1k", "384", "512"))]
 
 

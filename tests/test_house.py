@@ -20,14 +20,15 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
         "store.blocks", "store.store", "store.shards", "store.rows", "store.edit", "store.merge",
         "store.stats", "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
-          "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
-          "models.clip", "models.cost", "models.tokens", "models.vit", "models.vit_blocks"}
+          "objectives.stored_logits", "objectives.live_teacher", "models", "models.layers",
+          "models.tinyvit", "models.clip", "models.cost", "models.tokens", "models.vit",
+          "models.vit_blocks"}
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
            "convert.tinyvit", "convert.clip", "convert.vit", "convert.tree", "checkpoint",
            "heads", "weights", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
                     "config", "matching", "forecast", "scores"}
-LOOP = {"memory", "meter", "packing", "program", "resume"}
+LOOP = {"live", "memory", "meter", "packing", "program", "resume"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
@@ -95,6 +96,7 @@ FLOORS = {
     "objectives": (DEVICE, JAX | {"ml_collections"}),
     "objectives.supervised": (DEVICE, JAX),
     "objectives.stored_logits": (DEVICE, JAX),
+    "objectives.live_teacher": (DEVICE, JAX),
     "mix": (DEVICE, JAX),
     "mesh": (DEVICE, JAX),
     "optim": (DEVICE | {"packing"}, JAX | {"optax", "ml_collections"}),
@@ -120,6 +122,7 @@ FLOORS = {
     "forecast": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "capture": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "matching": (MIDDLE | HOST | {"data.pipeline"}, NUMPY | {"ml_collections"}),
+    "live": ({"memory", "mesh", "mix", "program", "teachers"}, {"jax"}),
     "memory": ({"config"}, JAX | {"ml_collections"}),
     "meter": ({"log"}, {"jax"}),
     "packing": (set(), JAX),
@@ -128,6 +131,8 @@ FLOORS = {
     "train": (MIDDLE | LOOP | DEVICE | HOST | {"data.pipeline"},
               JAX | {"optax", "ml_collections"}),
     "recipe": (MIDDLE | DEVICE | HOST | {"data.pipeline", "train"}, JAX | {"ml_collections"}),
+    "compare": (MIDDLE | LOOP | DEVICE | HOST | {"data.pipeline", "train", "recipe"},
+                JAX | {"ml_collections"}),
     "benchmark": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),
     "main": ({"cli", "recipe", "benchmark"}, {"absl", "jax"}),
 }

@@ -63,3 +63,18 @@ def test_a_confusion_matrix_has_a_cell_for_each_pair(classes, none, tmp_path):
     assert rows[-1] - rows[0] > 13 * classes
     assert columns[-1] - columns[0] > 13 * classes
     assert max(picture.shape) < 2400
+
+
+def test_teachers_of_one_student(tmp_path):
+    """Filled students, hollow teachers, a dashed line for labels alone; also without sizes."""
+    row = {"temperature": 1.0, "student_top1": 80.0, "low": 79.0, "high": 81.0}
+    taught = [{**row, "teacher": f"x{n} $", "entropy_views": 1 / n, "agreement": 90.0 - n,
+               "teacher_top1": 80.0 + n, "parameter_ratio": ratio, "entropy": 0.1}
+              for n, ratio in ((1, 1.0), (2, 3.9), (4, 15.4), (5, None))]
+    result = {"rows": [{**row, "teacher": "labels only"}, *taught], "uniform_entropy": 2.3,
+              "student": {"parameters": 1234}}
+    for name, rows in (("all", result["rows"]), ("none", result["rows"][:1])):
+        plots.plot_teachers({**result, "rows": rows}, tmp_path / f"{name}.png")
+        picture = cv2.imread(str(tmp_path / f"{name}.png"))
+        assert picture.shape[1] > 2.5 * picture.shape[0]
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 5

@@ -41,6 +41,26 @@ def out_of_memory(images):
     raise MemoryError("no room for 8 images")
 
 
+def strings(images):
+    return [["a", "b", "c"]] * len(images)
+
+
+def complex_numbers(images):
+    return bright(images) + 0j
+
+
+def nothing(images):
+    bright(images)
+
+
+def ragged(images):
+    return [[1, 2, 3], [1, 2], *[[1, 2, 3]] * (len(images) - 2)]
+
+
+def one_row(images):
+    return bright(images)[0]
+
+
 def fails_in_one(images):
     return bright(images) if jax.process_index() == 0 else wrong_shape(images)
 
@@ -152,7 +172,16 @@ def test_a_function_is_softened(temperature):
     ({"name": "test_teachers:wrong_shape"}, teachers.TeacherError,
      r"teachers:wrong_shape gave .*shape \(4, 7\).*expected finite logits of shape \(4, 3\)"),
     ({"name": "test_teachers:not_finite"}, teachers.TeacherError, "not_finite gave .*not finite"),
-    ({"name": "test_teachers:out_of_memory"}, MemoryError, "no room for 8 images"),
+    ({"name": "test_teachers:out_of_memory"}, teachers.TeacherError,
+     r"failed with uint8 images of shape \(4, 16, 16, 3\): MemoryError: no room for 8 images\."),
+    ({"name": "test_teachers:strings"}, teachers.TeacherError, r"gave an array of <U1 of shape"),
+    ({"name": "test_teachers:complex_numbers"}, teachers.TeacherError, "gave an array of complex"),
+    ({"name": "test_teachers:nothing"}, teachers.TeacherError, "nothing gave None for"),
+    ({"name": "test_teachers:ragged"}, teachers.TeacherError, "ragged failed with .*ValueError"),
+    ({"name": "test_teachers:one_row"}, teachers.TeacherError, r"gave an array of shape \(3,\)"),
+    ({"name": "test_teachers:MEAN"}, teachers.TeacherError, "MEAN is a tuple; expected a function"),
+    ({"name": "broken_teacher:f"}, teachers.TeacherError,
+     "broken_teacher:f: ZeroDivisionError: division by zero. Expected module:function"),
     ({"name": "test_teachers:absent"}, teachers.TeacherError, "test_teachers:absent: .*PYTHONPATH"),
     ({"name": "no_such_module:f"}, teachers.TeacherError, "no_such_module"),
     ({"name": "tiny_vit"}, teachers.TeacherError, "tiny_vit has no weights"),
@@ -165,7 +194,9 @@ def test_a_function_is_softened(temperature):
     ({"name": "test_teachers:bright", "shard": True}, teachers.TeacherError,
      r"shard=True cannot work: test_teachers:bright is a function"),
 ])
-def test_a_teacher_that_cannot_be_used(changes, error, message):
+def test_a_teacher_that_cannot_be_used(changes, error, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_teacher.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(error, match=message):
         run(make_teacher(make_config(**changes)), make_pixels())
 
@@ -209,7 +240,7 @@ def test_files_and_how_to_give_one_its_own_normalisation(first, workdirs, tmp_pa
     """A file takes the section's; converted with its own it keeps that, whatever stands there."""
     monkeypatch.setattr(convert_checkpoint, "check", lambda *_, **__: [])
     file, folder, names = (tmp_path / name for name in ("w.safetensors", "own", "names.txt"))
-    files.write_state(file, weights.convert_to("tiny_vit", first.variables))
+    files.write_state(file, weights.convert_to(first.model, first.variables))
     names.write_text("\n".join(tiny.CLASSES))
 
     def convert(target, *arguments):
@@ -286,7 +317,7 @@ def finish(*processes):
 def test_cut_over_four_devices_of_one_and_of_two_processes(first, tmp_path):
     """Weights in quarters, rows with their process, a function of one's own among them."""
     file = tmp_path / "w.safetensors"
-    files.write_state(file, weights.convert_to("tiny_vit", first.variables))
+    files.write_state(file, weights.convert_to(first.model, first.variables))
     config = make_config(weights=str(file), ensemble=("test_teachers:bright",))
     expected = run(make_teacher(config, temperature=2.0), make_pixels(8))
     with socket.socket() as s:

@@ -17,5 +17,6 @@ class Batch(TypedDict):
     labels: NotRequired[np.ndarray]  # int32 [B, M], every right class, filled up with -1
     index: NotRequired[np.ndarray]  # int32 [B, K], the teacher's top classes
     prob: NotRequired[np.ndarray]  # float32 [B, K], their probabilities, descending
+    log_prob: NotRequired[np.ndarray]  # float32 [B, C] of a live teacher; added on the device
     lam: NotRequired[np.ndarray]  # float32 [B/2], weight of the own label of both rows of a pair
     box: NotRequired[np.ndarray]  # int32 [B/2, 4], y0 x0 y1 x1 of CutMix; empty for mixup

@@ -6,7 +6,8 @@ A file in configs/ calls `default()` and changes what differs; the command line 
 
 import ml_collections
 
-OBJECTIVES = ("supervised", "stored_logits")
+OBJECTIVES = ("supervised", "stored_logits", "live_teacher")
+KINDS = ("soft", "hard")
 AUGMENTS = ("imagenet", "small", "none", "microsoft")
 EVAL_CROPS = ("center", "square")
 
@@ -71,9 +72,12 @@ def default() -> ml_collections.ConfigDict:
     m.trainable = "all"  # all | head: the classifier alone learns, all before it stands still
 
     c.objective = o = ml_collections.ConfigDict()
-    o.name = "supervised"  # supervised | stored_logits
-    o.smoothing = 0.1  # label smoothing of the supervised objective
-    o.temperature = 1.0  # of both softmaxes in the stored_logits objective, whatever was stored
+    o.name = "supervised"  # supervised | stored_logits | live_teacher
+    o.smoothing = 0.1  # of the labels, in the supervised and live_teacher objectives
+    # Of both softmaxes, the teacher's and the student's; in stored_logits whatever was stored
+    o.temperature = 1.0
+    o.alpha = 0.5  # weight of a live teacher; the labels have the rest, none at 1
+    o.kind = "soft"  # of a live teacher: soft, all its probabilities | hard, its top class alone
 
     c.store = s = ml_collections.ConfigDict()
     # Folder of the teacher-logit store, or gs:// or s3:// of one; "" = WORKDIR/store
@@ -104,7 +108,7 @@ def default() -> ml_collections.ConfigDict:
     # Further teachers, averaged with the first: workdirs, files or module:function
     t.ensemble = ()
     t.shard = False  # cut its weights over the devices, for one that does not fit on each
-    t.batch_size = 256
+    t.batch_size = 256  # views of a capture's batch, and the most that a live teacher takes at once
     t.epochs = 0  # recipe of a teacher trained on the labels first; 0 = none
     t.learning_rate = 2e-3  # peak, unscaled
     t.smoothing = 0.0  # of its labels; a smoothed teacher tells less of the wrong classes
@@ -150,6 +154,14 @@ def default() -> ml_collections.ConfigDict:
     b.dtypes = ("float32", "bfloat16")
     b.seconds = 5.0  # of measuring, for each batch size and dtype, after as much warming up
 
+    c.compare = q = ml_collections.ConfigDict()  # of tools/compare_teachers.py
+    # What teaches the student, one after the other: x2 (its own model at twice the width and heads)
+    # or a variant's name, each trained first by the teacher section's recipe; a workdir, a file, or
+    # module:function. x4>x2 is a chain: x4 teaches an assistant x2, which teaches the student.
+    q.teachers = ("x2", "x4", "x4>x2")
+    q.temperatures = ()  # each teacher at each of them; () = objective.temperature
+    q.seeds = 1  # students of each teacher, from seed on; the views stay the same
+
     c.log_every = 50  # updates between lines of metrics.jsonl
     c.label_only_twin = False  # also train the student on labels alone, for the comparison
     c.export_torch = ""  # file of PyTorch weights to write at the end, in WORKDIR; "" = none
@@ -189,6 +201,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     c = config
     one_of("objective.name", c.objective.name, OBJECTIVES)
+    one_of("objective.kind", c.objective.kind, KINDS)
+    need(0 <= c.objective.alpha <= 1, "objective.alpha", c.objective.alpha, "a weight in [0, 1]")
+    if c.objective.name == "live_teacher" and c.objective.kind == "hard":
+        need(c.objective.temperature == 1, "objective.temperature", c.objective.temperature,
+             "1.0 where --config.objective.kind=hard: a top class has no temperature")
     one_of("augment.spec", c.augment.spec, AUGMENTS)
     one_of("eval.crop", c.eval.crop, EVAL_CROPS)
     one_of("augment.pixels", c.augment.pixels, ("exact", "fast"))
@@ -261,6 +278,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     need(set(b.dtypes) <= {"float32", "bfloat16"} and len(b.dtypes) > 0, "benchmark.dtypes",
          b.dtypes, "float32, bfloat16 or both")
     need(b.seconds > 0, "benchmark.seconds", b.seconds, "a number above 0")
+    q = c.compare
+    need(len(q.teachers) > 0 and all(part for t in q.teachers for part in t.split(">")),
+         "compare.teachers", q.teachers, "at least one, none of them empty")
+    need(min(q.temperatures, default=1) > 0, "compare.temperatures", q.temperatures,
+         "numbers above 0")
+    need(q.seeds >= 1, "compare.seeds", q.seeds, "a whole number >= 1")
     p = c.optim
     need(0 < p.layer_decay <= 1, "optim.layer_decay", p.layer_decay, "a factor in (0, 1]")
     need(0 <= p.ema < 1, "optim.ema", p.ema, "a decay in [0, 1)")

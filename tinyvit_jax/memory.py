@@ -103,8 +103,22 @@ def _advise(config: ml_collections.ConfigDict, accumulate: int | None = None) ->
         ways.append("set --config.model.remat=True (recomputes activations: a third more work)")
     if m.dtype != "bfloat16":
         ways.append("set --config.model.dtype=bfloat16 (halves activations)")
+    if config.objective.name == "live_teacher":
+        ways += _advise_on_teacher(config.teacher)
     ways.append(f"lower --config.train.batch_size={t.batch_size}")
     return f"What helps: {'; '.join(ways)}."
+
+
+def _advise_on_teacher(teacher: ml_collections.ConfigDict) -> list[str]:
+    """What makes a live teacher smaller; a store would make it none."""
+    ways = [f"lower --config.teacher.batch_size={teacher.batch_size} (views that the teacher takes "
+            f"at once)"]
+    if teacher.dtype != "bfloat16":
+        ways.append("set --config.teacher.dtype=bfloat16")
+    if jax.device_count() > 1 and not teacher.shard:
+        ways.append("set --config.teacher.shard=True (cuts its weights over the devices)")
+    return [*ways, "capture a store (--config.objective.name=stored_logits): then no teacher is "
+            "needed in training"]
 
 
 @contextlib.contextmanager

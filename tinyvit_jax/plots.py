@@ -248,6 +248,63 @@ def _draw_classes(axis, report: dict[str, Any]) -> None:
                    f"median {np.median(values):.1f}, highest {values[-1]:.1f}", fontsize=10)
 
 
+def plot_teachers(result: dict[str, Any], path: Path) -> None:
+    """Draws what several teachers made of one student, by their size, sureness and agreement.
+
+    Args:
+        result: from `compare.run`.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    alone = [row for row in result["rows"] if "entropy" not in row]
+    taught = [row for row in result["rows"] if "entropy" in row]
+    colours: Any = matplotlib.color_sequences["tab10"]
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 6), layout="constrained", sharey=True)
+    figure.suptitle(f"one student of {result['student']['parameters']:,} parameters, "
+                    f"{len(taught)} ways to teach it", fontsize=13)
+    for axis, key, title, label in (
+            (axes[0], "parameter_ratio", "capacity gap", "parameters of the teacher x student's"),
+            (axes[1], "entropy_views", "sureness of the teacher",
+             f"its mean entropy at T on training views, nats (all classes alike: "
+             f"{result['uniform_entropy']:.2f})"),
+            (axes[2], "agreement", "how well it could be followed",
+             "evaluation images on which both say the same, %")):
+        rows = [(i, row) for i, row in enumerate(taught) if row[key] is not None]
+        for number, row in rows:
+            colour, top1 = colours[number % len(colours)], row["student_top1"]
+            x = row[key]
+            if key == "parameter_ratio":  # those of one size side by side
+                x *= 1.04 ** sum(other[key] == x for i, other in rows if i < number)
+            axis.errorbar(x, top1, [[top1 - row["low"]], [row["high"] - top1]], fmt="o",
+                          color=colour, markersize=7, capsize=3,
+                          label=f"{_shorten(row['teacher'], 26)}, T = {row['temperature']:g}: "
+                                f"{top1:.2f}")
+            axis.plot(x, row["teacher_top1"], "D", markerfacecolor="none", color=colour,
+                      markersize=7)
+        for row in alone:
+            axis.axhline(row["student_top1"], color="black", linestyle="--", linewidth=0.9)
+            axis.axhspan(row["low"], row["high"], color="black", alpha=0.08, linewidth=0)
+        if key == "parameter_ratio" and rows:
+            axis.set_xscale("log")
+            ticks = sorted({round(row[key], 1) for _, row in rows})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+        axis.margins(x=0.15, y=0.12)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("top-1 on the evaluation images, %\n"
+                       "filled: student, hollow: its teacher, dashed: student on labels only")
+    if taught:
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=min(4, len(taught)), frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def plot_stats(stats: dict[str, Any], path: Path) -> None:
     """Draws what is in a store: kept mass, entropy, agreement with labels, top classes.
 

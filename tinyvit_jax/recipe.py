@@ -57,6 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
         config.data.mean, config.data.std = weights.find_normalisation(config.model.init_from)
     data = open_prepared_data(config, workdir, flags)
     store: stores.Store | None = None
+    teacher: teachers.Teacher | None = None
     result: dict = {}
     if config.objective.name == "stored_logits":
         store, result = provide_store(config, workdir, data, flags)
@@ -69,11 +70,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
         matching.check_store(store, config, data, views.spec, alone=jax.process_count() == 1)
         matching.check_replay(store, data, views.spec, config.store.replay)
         draw_views(views, store, workdir / "views.png")
-    student = train.fit(config, workdir, data, store, title="student" if store else "train")
+    if config.objective.name == "live_teacher":
+        teacher, result = provide_teacher(config, workdir, data)
+    title = "student" if store or teacher else "train"
+    student = train.fit(config, workdir, data, store, title, teacher)
     result |= student
-    curves = {"student" if store else "train": log.read_metrics(workdir / "metrics.jsonl")}
-    if store is not None:
+    curves = {title: log.read_metrics(workdir / "metrics.jsonl")}
+    if title == "student":
         result |= {f"student_{k}": student[k] for k in ("top1", "top5", "seconds", "parameters")}
+    if store is not None:
         result["store_bytes_per_view"] = round(store.bytes_per_view(), 2)
     if config.label_only_twin:
         twin = fit_twin(config, workdir / "label_only", data)
@@ -107,7 +112,7 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
 
 
 def twin_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the student's twin: labels instead of the store, all else the same."""
+    """The config of the student's twin: labels instead of the teacher, all else the same."""
     c = ml_collections.ConfigDict(config.to_dict())
     c.objective.name = "supervised"
     return _without_store(c)
@@ -117,6 +122,7 @@ def _without_store(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Resets what a supervised part of a run does not read, so that a change of it is no matter."""
     plain = configs.default()
     c.store, c.teacher = plain.store, plain.teacher
+    c.objective.alpha, c.objective.kind = plain.objective.alpha, plain.objective.kind
     c.label_only_twin, c.export_torch = plain.label_only_twin, plain.export_torch
     return c
 
@@ -163,12 +169,28 @@ def provide_store(config: ml_collections.ConfigDict, workdir: Path, data: train.
     if not config.store.capture:
         return _open_captured(config, place, flags), {}
     mesh = meshes.make_mesh()
-    result: dict = {}
-    if teaches_itself(config):
-        taught = train.fit(teacher_config(config), workdir / "teacher", data, title="teacher")
-        result = {f"teacher_{k}": taught[k] for k in ("top1", "top5", "seconds", "parameters")}
+    result = fit_teacher(config, workdir, data)
     store, seconds = fill_store(with_teacher(config, workdir), place, data, mesh)
     return store, {**result, "capture_seconds": seconds}
+
+
+def provide_teacher(config: ml_collections.ConfigDict, workdir: Path, data: train.Data
+                    ) -> tuple[teachers.Teacher, dict]:
+    """The live teacher of a run, trained first where the config says so, and its figures."""
+    result = fit_teacher(config, workdir, data)
+    size = make_views(config, data).spec.image_size
+    return Team().together(lambda: teachers.make_teacher(
+        with_teacher(config, workdir).teacher, tuple(data.train.class_names), size,
+        meshes.make_mesh(), config.objective.temperature)), result
+
+
+def fit_teacher(config: ml_collections.ConfigDict, workdir: Path, data: train.Data) -> dict:
+    """Trains the run's own teacher, where it has one: teacher_top1, _top5, _seconds, _parameters.
+    """
+    if not teaches_itself(config):
+        return {}
+    taught = train.fit(teacher_config(config), workdir / "teacher", data, title="teacher")
+    return {f"teacher_{k}": taught[k] for k in ("top1", "top5", "seconds", "parameters")}
 
 
 def _open_captured(config: ml_collections.ConfigDict, place: Place, flags: str) -> stores.Store:

@@ -20,29 +20,33 @@ _FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.e
          "store.shard_views", "store.block_views",
          "store.teacher", "store.replay", "store.lease", "store.cache", "store.cache_gb", "teacher",
          "train.max_skipped", "eval.batch_size", "eval.checkpoint", "eval.image_size", "benchmark",
+         "compare",
          "label_only_twin", "export_torch")
 
 # What runs did whose config had no such key yet.
 _BEFORE = {"augment.pixels": "exact", "augment.greyscale": 0.0, "objective.temperature": 1.0,
-           "store.temperature": 1.0, "store.tail": "uniform", "model.dropout": -1.0,
-           "model.patch_size": 0, "model.mlp_dims": [], "model.token_layout": "", "model.pool": "",
-           "model.positions": "", "model.norm_order": "", "model.layer_scale": 0.0}
+           "objective.alpha": 0.5, "objective.kind": "soft", "store.temperature": 1.0,
+           "store.tail": "uniform", "model.dropout": -1.0, "model.patch_size": 0,
+           "model.mlp_dims": [], "model.token_layout": "", "model.pool": "", "model.positions": "",
+           "model.norm_order": "", "model.layer_scale": 0.0}
 
 
-def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict[str, str]) -> None:
+def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict[str, str],
+                  others: dict[str, Any] | None = None) -> None:
     """Writes config.json, or checks that the workdir's own says the same.
 
     Args:
         config: of the run.
         workdir: where it lives.
         images: fingerprint of each image set; a folder may move between two starts.
+        others: what else must stay the same, such as a live teacher's description.
 
     Raises:
         ResumeError: the workdir holds a run of another config.
     """
     path = workdir / "config.json"
     own = json.loads(config.to_json_best_effort())
-    own["images"] = images
+    own |= {"images": images, **(others or {})}
     before, now = _BEFORE | _flat(log.read_json(path) or own), _flat(own)
     changed = [k for k in sorted(before.keys() | now.keys())
                if before.get(k) != now.get(k)

@@ -1,17 +1,17 @@
-"""Teachers: what turns replayed pixels into the probabilities that a store keeps the top K of."""
+"""Teachers: what turns replayed pixels into the probabilities that a student learns."""
 
 import hashlib
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tinyvit_jax import evaluate, heads, log, mix, models, weights
 from tinyvit_jax import mesh as meshes
@@ -31,6 +31,8 @@ class Teacher(NamedTuple):
 
     log_probs: Callable[[jax.Array], jax.Array]
     description: dict  # as the manifest holds it: name, weights hash, image_size, mean, std, dtype
+    # What runs on the devices: compiled functions of (variables, pixels), and their variables.
+    programs: tuple[tuple[Any, dict], ...] = ()
 
 
 def make_teacher(config: ml_collections.ConfigDict, class_names: tuple[str, ...], view_size: int,
@@ -62,7 +64,8 @@ def make_teacher(config: ml_collections.ConfigDict, class_names: tuple[str, ...]
     return Teacher(lambda pixels: average([m.log_probs(pixels) for m in members]), {
         "name": "+".join(d["name"] for d in descriptions),
         "weights": hash_members([d["weights"] for d in descriptions]), "image_size": view_size,
-        "mean": [], "std": [], "dtype": config.dtype, "members": descriptions})
+        "mean": [], "std": [], "dtype": config.dtype, "members": descriptions},
+        sum((member.programs for member in members), ()))
 
 
 def list_members(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
@@ -114,7 +117,7 @@ def _make_member(section: ml_collections.ConfigDict, class_names: tuple[str, ...
                  mesh: Mesh, temperature: float) -> Teacher:
     """One teacher of a section without an ensemble."""
     if ":" in section.name:
-        return _function_teacher(section.name, len(class_names), view_size, mesh, temperature)
+        return _function_teacher(section, len(class_names), view_size, mesh, temperature)
     return _model_teacher(section, class_names, view_size, mesh, temperature)
 
 
@@ -128,9 +131,7 @@ def _model_teacher(section: ml_collections.ConfigDict, class_names: tuple[str, .
     put = meshes.shard_state if section.shard else meshes.put_state
     variables, size = put(trained.variables, mesh), model.image_size
 
-    def log_probs(variables: dict, pixels: jax.Array) -> jax.Array:
-        # Weights come together where they are used; else XLA might cut activations like them.
-        variables = jax.lax.with_sharding_constraint(variables, meshes.replicated(mesh))
+    def judge(variables: dict, pixels: jax.Array) -> jax.Array:
         if size != view_size:
             shape = (pixels.shape[0], size, size, 3)
             pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic"), 0.0, 255.0)
@@ -138,11 +139,39 @@ def _model_teacher(section: ml_collections.ConfigDict, class_names: tuple[str, .
         out = out if class_map is None else out[:, class_map]
         return jax.nn.log_softmax(out.astype(jnp.float32) / temperature)
 
+    def log_probs(variables: dict, pixels: jax.Array) -> jax.Array:
+        # Weights come together where they are used; else XLA might cut activations like them.
+        variables = jax.lax.with_sharding_constraint(variables, meshes.replicated(mesh))
+        return _by_parts(lambda part: judge(variables, part), pixels, section.batch_size, mesh)
+
     compiled = jax.jit(log_probs, out_shardings=meshes.sharded(mesh))
-    return Teacher(lambda pixels: compiled(variables, pixels), {
+
+    def run(pixels: jax.Array) -> jax.Array:
+        with jax.transfer_guard("disallow"):  # nothing of it may wait for the host
+            return compiled(variables, pixels)
+
+    return Teacher(run, {
         "name": section.name or Path(section.weights).name,
         "weights": weights.hash_weights(trained.variables), "image_size": size,
-        "mean": list(mean), "std": list(std), "dtype": section.dtype})
+        "mean": list(mean), "std": list(std), "dtype": section.dtype}, ((compiled, variables),))
+
+
+def _by_parts(judge: Callable[[jax.Array], jax.Array], pixels: jax.Array, most: int, mesh: Mesh
+              ) -> jax.Array:
+    """Judges [B, S, S, 3] part by part, each of at most so many rows, from all devices alike.
+
+    What stands for a capture's batch bounds the memory of a live teacher too, whose batch is the
+    student's: where that is larger, its activations are those of a part.
+    """
+    rows = len(pixels) // mesh.size
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and (
+        len(pixels) // n <= most or n == rows))
+    if parts == 1:
+        return judge(pixels)
+    cut = jnp.moveaxis(pixels.reshape(-1, parts, *pixels.shape[1:]), 1, 0)
+    cut = jax.lax.with_sharding_constraint(cut, NamedSharding(mesh, PartitionSpec(None, "data")))
+    found = jax.lax.map(judge, cut)
+    return jnp.moveaxis(found, 0, 1).reshape(len(pixels), -1)
 
 
 def _open(section: ml_collections.ConfigDict) -> weights.Trained:
@@ -212,20 +241,25 @@ def _match_names(path: str, own: tuple[str, ...], class_names: tuple[str, ...]
     return evaluate.make_class_map(own, class_names, max_missing=0.0)
 
 
-def _function_teacher(name: str, num_classes: int, view_size: int, mesh: Mesh,
-                      temperature: float) -> Teacher:
+def _function_teacher(section: ml_collections.ConfigDict, num_classes: int, view_size: int,
+                      mesh: Mesh, temperature: float) -> Teacher:
     """Wraps a user's own function, which each process calls with its own rows of every batch."""
+    name = section.name
     function, source = _import_function(name)
     rows = meshes.sharded(mesh)
     # A mixed pixel is no whole number; a user's function is promised uint8.
     to_uint8 = jax.jit(lambda pixels: jnp.round(pixels).astype(jnp.uint8), out_shardings=rows)
     soften = jax.jit(lambda logits: jax.nn.log_softmax(logits / temperature), out_shardings=rows)
+    most = max(1, section.batch_size // jax.process_count())
+
+    def call(images: np.ndarray) -> np.ndarray:
+        return np.concatenate([_call_function(function, name, images[i:i + most], num_classes)
+                               for i in range(0, len(images), most)])
 
     def log_probs(pixels: jax.Array) -> jax.Array:
         images = meshes.local_rows(to_uint8(pixels))
         # Where it fails in one process, no other may go on: what comes next may need them all.
-        logits = Team().together(lambda: _check_logits(
-            name, np.asarray(function(images), np.float32), (len(images), num_classes)))
+        logits = Team().together(lambda: call(images))
         return soften(meshes.put_batch({"logits": logits}, mesh)["logits"])
 
     return Teacher(log_probs, {"name": name, "weights": source, "image_size": view_size,
@@ -238,20 +272,47 @@ def _import_function(name: str) -> tuple[Callable, str]:
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
-    except (ImportError, AttributeError) as error:
-        raise TeacherError(f"The teacher {name}: {error}. Expected module:function with "
+    except Exception as error:  # whatever a user's module does while it is imported
+        raise TeacherError(f"The teacher {name}: {_describe(error)}. Expected module:function with "
                            f"the module on PYTHONPATH.") from error
+    if not callable(function):
+        raise TeacherError(f"The teacher {name} is a {type(function).__name__}; expected a "
+                           f"function of uint8 images [B, S, S, 3] that gives logits [B, C].")
     # The function's file stands for the weights: the best there is without knowing them.
     file = getattr(module, "__file__", None)
     return function, hashlib.sha256(Path(file).read_bytes() if file else name.encode()).hexdigest()
 
 
-def _check_logits(name: str, logits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The logits, where a user's function gave finite ones of the shape; else TeacherError."""
-    finite = np.isfinite(logits).all()
+def _describe(error: BaseException) -> str:
+    """An error of somebody else's code on one line; what its type says where it says no more."""
+    said = " ".join(str(error).split()).rstrip(".")
+    plain = isinstance(error, ImportError | AttributeError) and said
+    return said if plain else f"{type(error).__name__}{f': {said}' if said else ''}"
+
+
+def _call_function(function: Callable, name: str, images: np.ndarray, num_classes: int
+                   ) -> np.ndarray:
+    """What a user's function gives: float32 [B, C].
+
+    Raises:
+        TeacherError: it failed, or gave no finite real numbers of that shape.
+    """
+    shape = (len(images), num_classes)
+    given = f"uint8 images of shape {images.shape}"
+    try:
+        found = function(images)
+        logits = np.asarray(found)
+    except Exception as error:
+        raise TeacherError(f"The teacher {name} failed with {given}: {_describe(error)}. With "
+                           f"TINYVIT_TRACEBACK=1 the command shows where.") from error
+    if not (jnp.issubdtype(logits.dtype, np.floating) or jnp.issubdtype(logits.dtype, np.integer)):
+        what = "None" if found is None else f"an array of {logits.dtype} of shape {logits.shape}"
+        raise TeacherError(f"The teacher {name} gave {what} for {given}; expected real numbers, "
+                           f"finite logits of shape {shape}, one column for each class.")
+    finite = logits.size == 0 or bool(np.isfinite(logits.astype(np.float32)).all())
     if logits.shape != shape or not finite:
         raise TeacherError(
             f"The teacher {name} gave an array of shape {logits.shape}"
-            f"{'' if finite else ' with values that are not finite'}; expected "
+            f"{'' if finite else ' with values that are not finite'} for {given}; expected "
             f"finite logits of shape {shape}, one column for each class.")
-    return logits
+    return logits.astype(np.float32)

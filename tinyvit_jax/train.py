@@ -19,12 +19,15 @@ from tinyvit_jax import (
     checkpoint,
     evaluate,
     heads,
+    live,
     log,
     measure,
     memory,
     mix,
+    models,
     objectives,
     optim,
+    teachers,
     weights,
 )
 from tinyvit_jax import mesh as meshes
@@ -162,14 +165,15 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         mesh: over which batches are cut.
     """
     objective = objectives.make_objective(config.objective, config.store.temperature,
-                                          config.store.tail)
+                                          config.store.tail,
+                                          models.has_distillation_token(model))
     parts, decay = config.train.accumulate, config.optim.ema
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     seed, trainable = config.seed, config.model.trainable
 
-    def apply(variables: dict, pixels: jax.Array, key: jax.Array):
+    def apply(variables: dict, pixels: jax.Array, key: jax.Array, method: str | None = None):
         logits, new = model.apply(variables, pixels, train=True, rngs={"drop_path": key},
-                                  mutable=["batch_stats"])
+                                  mutable=["batch_stats"], method=method)
         return logits, new["batch_stats"]
 
     def gradient(params: dict, batch_stats: dict, batch: dict, key: jax.Array):
@@ -246,7 +250,8 @@ def _micro_batches(batch: dict, parts: int) -> dict:
 
 
 def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
-        store: stores.Store | None = None, title: str = "train") -> dict:
+        store: stores.Store | None = None, title: str = "train",
+        teacher: teachers.Teacher | None = None) -> dict:
     """Trains from whatever state the workdir holds to the end of the run.
 
     Args:
@@ -255,6 +260,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         data: from `open_data`.
         store: the teacher's targets, for the stored_logits objective.
         title: what the progress bar says.
+        teacher: for the live_teacher objective, at its temperature.
 
     Returns:
         The content of fit.json: top1, top5, loss, steps, seconds, parameters, peak_bytes (of memory
@@ -270,7 +276,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
     meshes.check_rows(config.train.batch_size, "train.batch_size",
                       config.train.accumulate * (2 if mixes(config) else 1))
     record_config(config, workdir, {"train": data.train.fingerprint,
-                                    "eval": data.eval.fingerprint})
+                                    "eval": data.eval.fingerprint}, live.describe_teacher(teacher))
     if store is not None:
         record_store(store, workdir, write=jax.process_index() == 0)
     steps, per_epoch = count_steps(config, data.order.views_per_epoch)
@@ -293,8 +299,10 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
                 config.train.batch_size, jax.process_index(), jax.process_count()), steps)
         like = describe_state(config, model, make_tx, mesh)
         step_fn = make_train_step(config, model, make_tx(like.params), schedule, mesh)
-        update = Program(step_fn, (like, describe_batch(batches, start, mesh)), compiler,
-                         f"{title}: the update")
+        teaching = live.Teaching(teacher, config.objective.name == "live_teacher",
+                                 describe_batch(batches, start, mesh), len(data.train.class_names),
+                                 mesh, compiler, title)
+        update = Program(step_fn, (like, teaching.shapes), compiler, f"{title}: the update")
         if start:
             state = State(**checkpoints.restore(start, like._asdict()))
             log.logger.info("%s: resumed at update %d of %d", title, start, steps)
@@ -309,7 +317,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         Program(judge.eval_step, ({"params": like.params, "batch_stats": like.batch_stats},
                                   judge.describe_batch()), compiler, f"{title}: the evaluation")
         with memory.explaining(config):
-            result = _loop(config, workdir, state, start, per_epoch, update, batches,
+            result = _loop(config, workdir, state, start, per_epoch, update, batches, teaching,
                            lambda variables: evaluate.score(judge(variables)), checkpoints, mesh,
                            title)
     result["parameters"] = sum(x.size for x in jax.tree.leaves(like.params))
@@ -322,13 +330,15 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
 _UNDER_WAY = 2  # updates given to the devices and not done: one at work, one that follows at once
 
 
-def _announce(config: ml_collections.ConfigDict, update: Program, title: str) -> int:
+def _announce(config: ml_collections.ConfigDict, update: Program, teaching: live.Teaching,
+              title: str) -> int:
     """Waits for the compiled update and says what it needs; gives its peak memory in bytes.
 
     Raises:
         OutOfMemory: it does not fit on the devices.
     """
     needs, seconds = update.wait()
+    needs = teaching.add_memory(needs)
     ahead = _UNDER_WAY * memory.count_bytes(update.shapes[1])  # and the batch among its arguments
     limit = memory.find_limit()
     if jax.process_index() == 0:
@@ -339,9 +349,9 @@ def _announce(config: ml_collections.ConfigDict, update: Program, title: str) ->
 
 
 def _loop(config, workdir: Path, state: State, start: int, per_epoch: float, update: Program,
-          batches: pipeline.TrainBatches, evaluator: Callable, checkpoints: checkpoint.Checkpoints,
-          mesh: Mesh, title: str) -> dict:
-    """Batch, step, log, evaluate, save; until all batches were shown.
+          batches: pipeline.TrainBatches, teaching: live.Teaching, evaluator: Callable,
+          checkpoints: checkpoint.Checkpoints, mesh: Mesh, title: str) -> dict:
+    """Batch, teacher, step, log, evaluate, save; until all batches were shown.
 
     The host never waits for a device between two log lines, but where it is two updates ahead; the
     next batch travels while the present update runs.
@@ -360,7 +370,7 @@ def _loop(config, workdir: Path, state: State, start: int, per_epoch: float, upd
     def fetch() -> dict[str, jax.Array]:
         with meter.waiting():
             rows = next(stream)
-        return meshes.put_batch(rows, mesh)
+        return teaching(meshes.put_batch(rows, mesh))
 
     scores, result = {}, {}
     if config.model.init_from and not start:  # what the weights are worth before any update
@@ -369,7 +379,7 @@ def _loop(config, workdir: Path, state: State, start: int, per_epoch: float, upd
                         | {"seconds": 0.0})
     if start < steps:
         batch = fetch()
-        result["peak_bytes"] = _announce(config, update, title)
+        result["peak_bytes"] = _announce(config, update, teaching, title)
     meter.forget_time()
     for step in range(start + 1, steps + 1):
         with jax.transfer_guard("disallow"):

@@ -4,6 +4,7 @@ python tools/benchmark.py input [--images=FOLDER]            # JPEG files to vie
 python tools/benchmark.py step [--microsoft=FOLDER --timm]   # inference and training of a model
 python tools/benchmark.py store                              # the store against TinyViT's own files
 python tools/benchmark.py end_to_end                         # from the command on; distillation
+python tools/benchmark.py live                               # a live teacher, a stored one, none
 
 Tables go to the standard output, progress to the standard error; with --out=DIR also DIR/input.md
 and DIR/input.json. (Images a second of any model: python -m tinyvit_jax.main --mode=benchmark.)
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reference import bench_end_to_end as end_to_end
-from reference import bench_input, bench_opening, bench_report, bench_step, bench_store
+from reference import bench_input, bench_live, bench_opening, bench_report, bench_step, bench_store
 
 from tinyvit_jax import cli
 
@@ -52,6 +53,8 @@ COMMANDS = {
     "end_to_end": Command("from the command to the first step; distillation", end_to_end,
                           end_to_end.measure, end_to_end.format_result,
                           ("jax", "jaxlib", "flax", "grain", "orbax-checkpoint")),
+    "live": Command("a live teacher, a stored one and labels alone", bench_live, bench_live.measure,
+                    bench_live.format_result, ("jax", "jaxlib", "flax")),
 }
 
 
@@ -96,22 +99,20 @@ def main(argv: list[str] | None = None) -> None:
     def say(line: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {line}", file=sys.stderr, flush=True)
 
-    result: dict[str, Any] = {"settings": settings._asdict(),
-                              "machine": bench_report.describe_machine(command.packages)}
-    before = bench_report.read_load()
+    machine = bench_report.describe_machine(command.packages) | {"load": [bench_report.read_load()]}
+    result: dict[str, Any] = {"settings": settings._asdict(), "machine": machine}
     with tempfile.TemporaryDirectory(prefix="tinyvit_jax_benchmark_") as folder:
         result |= command.measure(settings, Path(folder), say)
         say("removes its files")
-    result["machine"]["load"] = [before, bench_report.read_load()]
+    machine["load"].append(bench_report.read_load())
     result["seconds"] = time.perf_counter() - began
     text = command.format(result)
     print(text)
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{args.command}.md").write_text(text, encoding="utf-8")
-        (out / f"{args.command}.json").write_text(json.dumps(result, indent=2) + "\n",
-                                                  encoding="utf-8")
+        for suffix, content in (("md", text), ("json", json.dumps(result, indent=2) + "\n")):
+            (out / f"{args.command}.{suffix}").write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

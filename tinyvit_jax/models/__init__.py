@@ -15,8 +15,8 @@ from tinyvit_jax.models.clip import ClipViT
 from tinyvit_jax.models.tinyvit import TinyViT, scale_windows
 from tinyvit_jax.models.vit import ViT
 
-__all__ = ["FAMILIES", "VARIANTS", "ClipViT", "TinyViT", "ViT", "create_model",
-           "describe_shape", "family_of", "find_image_size", "scale_windows"]
+__all__ = ["FAMILIES", "VARIANTS", "ClipViT", "TinyViT", "ViT", "create_model", "describe_shape",
+           "family_of", "find_image_size", "has_distillation_token", "scale_windows"]
 
 Model = Any  # a flax module, of a kind that FAMILIES names
 
@@ -111,6 +111,11 @@ def find_image_size(model: Model) -> int:
                and key != "image_size"):
             return size
     return 0
+
+
+def has_distillation_token(model: Model) -> bool:
+    """Whether a model has a head of its own for a teacher's answers: its method `answers`."""
+    return getattr(model, "token_layout", "") == "distilled"
 
 
 def _choose_known(name: str, family: Family, settings: Mapping[str, Any]) -> dict[str, Any]:

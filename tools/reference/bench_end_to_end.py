@@ -211,14 +211,14 @@ def make_small_case(config_file: str, folder: Path) -> Case:
     """A config's student on its own images, and a store of as many classes as it asks for."""
     from tinyvit_jax.data import images
 
-    config = _load_config(config_file)
+    config = load_config(config_file)
     source = images.open_source(config.data.source, "train", config.data.data_dir)
     classes = len(source.class_names)
     return Case(config, source, classes, fill_store(
         folder / "small_store", len(source), classes, min(config.store.top_k, classes)))
 
 
-def _load_config(file: str) -> Any:
+def load_config(file: str) -> Any:
     """The config of a file and, behind a colon, its stage."""
     import importlib.util
 
@@ -277,7 +277,7 @@ def race_distillation(case: Case, seconds: float, rounds: int, turn_seconds: flo
         Images a second of each side (quartiles); "cost" and "cpu_cost", of what a step with labels
         takes in time and in CPU time of all threads.
     """
-    turns = {name: make_steps(case, store) for name, store in (
+    turns = {name: make_steps(case, store).take for name, store in (
         (SUPERVISED, None), (DISTILLED, case.store))}
     for turn in turns.values():
         turn(2)
@@ -302,47 +302,65 @@ def _count(turn: Callable[[int], None], steps: int, batch: int) -> int:
     return steps * batch
 
 
-def make_steps(case: Case, store: Any) -> Callable[[int], None]:
-    """Training as the loop of a run does it: fn(n) takes n batches and updates; then it waits.
+class Steps(NamedTuple):
+    """Training as the loop of a run does it."""
+
+    take: Callable[[int], None]  # so many batches and updates, until the last is done
+    measure_memory: Callable[[], Any]  # bytes on each device, as a run forecasts them
+
+
+def make_steps(case: Case, store: Any, teacher: Any = None) -> Steps:
+    """Training with labels, with a store's targets, or with a live teacher.
 
     Args:
         case: what is trained.
-        store: of the teacher's targets, or None for labels.
+        store: of the teacher's targets, or None.
+        teacher: live, from `teachers.make_teacher`, or None.
     """
     import jax
 
+    from tinyvit_jax import live, memory, optim, train, weights
     from tinyvit_jax import mesh as meshes
-    from tinyvit_jax import optim, train, weights
     from tinyvit_jax.data import augment, pipeline
     from tinyvit_jax.data.order import Order
+    from tinyvit_jax.program import compiling
 
     config, mesh = case.config.copy_and_resolve_references(), meshes.make_mesh()
-    config.objective.name = "stored_logits" if store is not None else "supervised"
+    config.objective.name = "stored_logits" if store is not None else (
+        "live_teacher" if teacher is not None else "supervised")
     model = weights.make_model(weights.complete(config.model), case.classes)
     views = pipeline.Views(case.source, augment.make_spec(config.augment, model.image_size),
                            Order(0, len(case.source), False), store, 1)
     batch = config.train.batch_size
-    stream: Iterator = pipeline.batch_stream(
-        pipeline.TrainBatches(views, batch, pipeline.Rows(0, batch), 1 << 20),
-        threads=config.data.threads, prefetch=config.data.prefetch)
+    batches = pipeline.TrainBatches(views, batch, pipeline.Rows(0, batch), 1 << 20)
+    stream: Iterator = pipeline.batch_stream(batches, threads=config.data.threads,
+                                             prefetch=config.data.prefetch)
 
     def make_tx(params: Any) -> Any:
         return optim.make_optimizer(config.optim, params)
 
     state = meshes.put_state(train.init_state(config, model, make_tx), mesh)
-    step = train.make_train_step(config, model, make_tx(state.params),
-                                 optim.make_schedule(config.optim, batch, 10_000, 100.0), mesh)
-    held = [state]
+    step: Any = train.make_train_step(config, model, make_tx(state.params),
+                                      optim.make_schedule(config.optim, batch, 10_000, 100.0), mesh)
+    with compiling() as compiler:
+        teaching = live.Teaching(teacher, teacher is not None, train.describe_batch(
+            batches, 0, mesh), case.classes, mesh, compiler, "benchmark")
+        teaching.add_memory(memory.Memory(0, 0, 0, 0))  # waits until it is compiled
+    held, shapes = [state], train.describe_state(config, model, make_tx, mesh)
 
-    def turn(steps: int) -> None:
+    def take(steps: int) -> None:
         losses: list[Any] = []
         for _ in range(steps):
-            held[0], metrics = step(held[0], meshes.put_batch(next(stream), mesh))
+            held[0], metrics = step(held[0], teaching(meshes.put_batch(next(stream), mesh)))
             losses.append(metrics["loss"])
             jax.block_until_ready(losses[-4:][0])  # the loop of a run bounds its queue so too
         jax.block_until_ready(held[0].step)
 
-    return turn
+    def measure_memory() -> Any:
+        return teaching.add_memory(
+            memory.measure_memory(step.lower(shapes, teaching.shapes).compile()))
+
+    return Steps(take, measure_memory)
 
 
 _IMPORTS = "Seconds of a fresh Python process from its start to its end; files in the page cache."
