@@ -21,10 +21,11 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
         "store.stats", "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "models", "models.layers", "models.tinyvit",
-          "models.clip", "models.cost"}
+          "models.clip", "models.cost", "models.grouped", "models.residual", "models.resnet",
+          "models.regnet", "models.convnext"}
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
            "convert.tinyvit", "convert.clip", "convert.tree", "checkpoint", "heads", "weights",
-           "log"}
+           "convert.convnets", "convert.resnet", "convert.regnet", "convert.convnext", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
                     "config", "matching", "forecast"}
 LOOP = {"memory", "meter", "packing", "program", "resume"}
@@ -85,6 +86,11 @@ FLOORS = {
     "models.tinyvit": (DEVICE, JAX | {"flax"}),
     "models.cost": (DEVICE, JAX | {"flax"}),
     "models.clip": (DEVICE, JAX | {"flax"}),
+    "models.grouped": (set(), JAX),
+    "models.residual": (DEVICE, JAX | {"flax"}),
+    "models.resnet": (DEVICE, JAX | {"flax"}),
+    "models.regnet": (DEVICE, JAX | {"flax"}),
+    "models.convnext": (DEVICE, JAX | {"flax"}),
     "objectives": (DEVICE, JAX | {"ml_collections"}),
     "objectives.supervised": (DEVICE, JAX),
     "objectives.stored_logits": (DEVICE, JAX),
@@ -98,6 +104,10 @@ FLOORS = {
     "convert.shape": (WEIGHTS, set()),
     "convert.tinyvit": (WEIGHTS, NUMPY),
     "convert.clip": (WEIGHTS, NUMPY),
+    "convert.convnets": (WEIGHTS, NUMPY),
+    "convert.resnet": (WEIGHTS, set()),
+    "convert.regnet": (WEIGHTS, set()),
+    "convert.convnext": (WEIGHTS, set()),
     "convert.tree": (set(), NUMPY),
     "checkpoint": (set(), {"jax", "orbax"}),
     "heads": ({"log", "convert.files"}, NUMPY),

@@ -1,4 +1,4 @@
-"""Converts weights between a run of ours and PyTorch files, in Microsoft's or timm's key layout.
+"""Converts weights between a run of ours and PyTorch files, in the key layout of their classes.
 
 python tools/convert_checkpoint.py --from=runs/quickstart --to=student.pth --layout=timm
 python tools/convert_checkpoint.py --from=tiny_vit_5m.pth --to=runs/5m --classes=names.txt
@@ -36,8 +36,7 @@ def convert(source: str, target: str, layout: str, image_size: int,
     if is_file(target):
         state = weights.convert_to(trained.model, trained.variables, layout)
         files.write_state(target, state)
-        done = f"{target}: {len(state)} arrays in {layout}'s layout"
-        saved = trained
+        done, saved = f"{target}: {len(state)} arrays in {layout}'s layout", trained
     else:
         weights.save_trained(trained, target)
         done = f"{target}: a folder to evaluate, predict or start from (--config.model.init_from)"
@@ -90,7 +89,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", required=True, help="a workdir or a PyTorch file")
     parser.add_argument("--to", required=True, help="a PyTorch file or a new folder")
-    parser.add_argument("--layout", choices=("microsoft", "timm"), default="microsoft")
+    parser.add_argument("--layout", choices=weights.LAYOUTS, default="microsoft",
+                        help="of the keys written; microsoft means timm where there is no such")
     parser.add_argument("--image_size", type=int, default=0,
                         help="pixels, which a TinyViT's PyTorch file does not tell (224)")
     parser.add_argument("--stem_strides", type=int, nargs=2, default=(),

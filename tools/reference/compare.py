@@ -10,14 +10,17 @@ import jax
 import numpy as np
 import torch
 
-from reference import torch_clip, torch_tinyvit
-from tinyvit_jax.convert import clip, files, tinyvit
+from reference import torch_clip, torch_convnets, torch_tinyvit
+from tinyvit_jax.convert import clip, convnets, convnext, files, regnet, resnet, tinyvit
 from tinyvit_jax.models import tinyvit as ours
 
 TOLERANCE = 1e-4  # of logits
 LAYER_TOLERANCE = 1e-5  # of one layer, given the same input, where its outputs are of size 1
 _CLASSES = {"microsoft": torch_tinyvit.TorchTinyViT, "timm": torch_tinyvit.TimmTinyViT}
-_HEADS = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
+_HEADS = tuple(f"{name}.{leaf}" for name in ("head", "head.fc", "fc", "linear")
+               for leaf in ("weight", "bias"))
+_CONVNETS = {resnet: torch_convnets.TorchResNet, regnet: torch_convnets.TorchRegNetY,
+             convnext: torch_convnets.TorchConvNeXt}
 
 
 class Layer(NamedTuple):
@@ -48,9 +51,13 @@ def read_reference(path: str, model: Any, written_here: bool) -> torch.nn.Module
             what surrounds a trunk and buffers that follow from the rest do not count.
     """
     state = files.read_state(path)
+    family = next((converter for converter in _CONVNETS if converter.owns(state)), None)
     if clip.owns(state):
         module: torch.nn.Module = torch_clip.TorchClip(model)
         own = clip.strip(state)
+    elif family:
+        module = _CONVNETS[family](model, family.detect_layout(state))
+        own = convnets.strip(state)
     else:
         own = tinyvit.strip(state)
         module = _CLASSES[tinyvit.detect_layout(own)](model)
