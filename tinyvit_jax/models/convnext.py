@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict] = {
 
 # Variance about the mean, not as E[x^2] - E[x]^2: a few channels are very large.
 _Norm = partial(nn.LayerNorm, EPSILON, use_fast_variance=False)
+# Compiled by itself, so that its many taps are traced once for all the blocks of a stage.
+_convolve = jax.jit(layers.depthwise_conv, static_argnums=2)
 
 
 class PatchConv(nn.Module):
@@ -72,7 +74,7 @@ class DepthwiseConv(nn.Module):
         C = x.shape[-1]
         kernel = self.param("kernel", layers.linear_init, (KERNEL, KERNEL, 1, C), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
-        return layers.depthwise_conv(x, kernel.astype(self.dtype), 1) + bias.astype(self.dtype)
+        return _convolve(x, kernel.astype(self.dtype), 1) + bias.astype(self.dtype)
 
 
 class GlobalResponseNorm(nn.Module):
