@@ -22,10 +22,12 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "objectives.live_teacher", "models", "models.layers",
           "models.tinyvit", "models.clip", "models.cost", "models.tokens", "models.vit",
-          "models.vit_blocks"}
+          "models.vit_blocks", "models.grouped", "models.residual", "models.resnet",
+          "models.regnet", "models.convnext"}
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
            "convert.tinyvit", "convert.clip", "convert.vit", "convert.tree", "checkpoint",
-           "heads", "weights", "log"}
+           "convert.convnets", "convert.resnet", "convert.regnet", "convert.convnext", "heads",
+           "weights", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
                     "config", "matching", "forecast", "scores"}
 LOOP = {"live", "memory", "meter", "packing", "program", "resume"}
@@ -93,6 +95,11 @@ FLOORS = {
     "models.tokens": (DEVICE, JAX | {"flax"}),
     "models.vit": (DEVICE, JAX | {"flax"}),
     "models.vit_blocks": (DEVICE, JAX | {"flax"}),
+    "models.grouped": (set(), JAX),
+    "models.residual": (DEVICE, JAX | {"flax"}),
+    "models.resnet": (DEVICE, JAX | {"flax"}),
+    "models.regnet": (DEVICE, JAX | {"flax"}),
+    "models.convnext": (DEVICE, JAX | {"flax"}),
     "objectives": (DEVICE, JAX | {"ml_collections"}),
     "objectives.supervised": (DEVICE, JAX),
     "objectives.stored_logits": (DEVICE, JAX),
@@ -108,6 +115,10 @@ FLOORS = {
     "convert.tinyvit": (WEIGHTS, NUMPY),
     "convert.clip": (WEIGHTS, NUMPY),
     "convert.vit": (WEIGHTS, NUMPY),
+    "convert.convnets": (WEIGHTS, NUMPY),
+    "convert.resnet": (WEIGHTS, set()),
+    "convert.regnet": (WEIGHTS, set()),
+    "convert.convnext": (WEIGHTS, set()),
     "convert.tree": (set(), NUMPY),
     "checkpoint": (set(), {"jax", "orbax"}),
     "heads": ({"log", "convert.files"}, NUMPY),

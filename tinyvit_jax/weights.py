@@ -10,14 +10,18 @@ import ml_collections
 import numpy as np
 
 from tinyvit_jax import checkpoint, heads, log, models
-from tinyvit_jax.convert import clip, files, shape, tinyvit, vit
+from tinyvit_jax.convert import clip, convnext, files, regnet, resnet, shape, tinyvit, vit
 from tinyvit_jax.convert.files import WeightsError
 
 IMAGENET_MEAN, IMAGENET_STD = tinyvit.MEAN, tinyvit.STD
 # By models.FAMILIES. Each has owns (a state dict is this family's), from_torch, to_torch,
 # count_classes, infer_shape (create_model's settings, from a state dict and a number of heads or 0;
 # a TinyViT's is shape.py), and the MEAN, STD and CROP_RATIO that weights are made with by habit.
-_CONVERTERS: dict[str, Any] = {"tiny_vit": tinyvit, "clip_vit": clip, "vit": vit}
+_CONVERTERS: dict[str, Any] = {"tiny_vit": tinyvit, "clip_vit": clip, "vit": vit, "resnet": resnet,
+                               "regnety": regnet, "convnextv2": convnext}
+# In which `convert_to` names weights; each family has one or two of them.
+LAYOUTS = ("microsoft", "timm", "torch", *resnet.LAYOUTS[1:], *regnet.LAYOUTS[1:],
+           *convnext.LAYOUTS[1:])
 
 
 class Trained(NamedTuple):
@@ -74,8 +78,7 @@ def complete(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     section = ml_collections.ConfigDict(section.to_dict())
     section.name = own["name"]
     for key in (*models.FAMILIES[own["name"]].shape, "image_size"):
-        if key in section:
-            section[key] = section[key] or own[key]
+        section[key] = section.get(key) or own[key]
     return section
 
 
@@ -319,6 +322,7 @@ def open_trained(path: str | Path, image_size: int = 0, stem_strides: tuple[int,
             whose shape a TinyViT file has. Of another TinyViT file nobody knows them: there it
             is what the file's windows are for, and 0 is 224.
         stem_strides: for a TinyViT file; () = those of the variant whose shape it has, else (2, 2).
+            A ResNet's tells them.
         class_names: for a file; () = "class 0", "class 1" ...
         num_heads: for a file; () = as the bias tables of a TinyViT or the notes of a file that was
             written here say, else one for each 64 channels of a CLIP or a ViT.
@@ -368,8 +372,8 @@ def _open_other(family: str, state: files.State, image_size: int, stem_strides: 
     """A model of another family from its PyTorch weights alone, without names of classes."""
     converter = _CONVERTERS[family]
     own = converter.infer_shape(state, num_heads[0] if num_heads else 0)._asdict()
-    own |= {"num_heads": num_heads} if num_heads else {}
-    model = models.create_model(family, stem_strides=stem_strides, **own)
+    given = {"num_heads": num_heads, "stem_strides": stem_strides}
+    model = models.create_model(family, **own | {k: v for k, v in given.items() if v})
     trained = Trained(model, converter.from_torch(state, model), (), converter.MEAN, converter.STD,
                       "center", converter.CROP_RATIO)
     return resize(trained, image_size)

@@ -89,8 +89,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", required=True, help="a workdir or a PyTorch file")
     parser.add_argument("--to", required=True, help="a PyTorch file or a new folder")
-    parser.add_argument("--layout", choices=("microsoft", "timm", "torch"), default="",
-                        help="of the keys (a TinyViT's and CLIP's microsoft, a ViT's own)")
+    parser.add_argument("--layout", choices=weights.LAYOUTS, default="",
+                        help="of the keys written (a TinyViT's and CLIP's microsoft, others' timm)")
     parser.add_argument("--image_size", type=int, default=0,
                         help="pixels, which a TinyViT's PyTorch file does not tell (224)")
     parser.add_argument("--num_heads", type=int, default=0,

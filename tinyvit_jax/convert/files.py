@@ -12,7 +12,7 @@ from tinyvit_jax.convert import pickles
 
 State = dict[str, np.ndarray]
 
-_TORCH = (".pth", ".pt")
+_TORCH = (".pth", ".pt", ".th")
 _WRAPPERS = ("model", "state_dict")  # under which training scripts keep the weights
 _NOTES = "tinyvit_jax"  # under which a .pth written here tells what its arrays do not
 

@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import clip, tinyvit, vit
+from tinyvit_jax.models import clip, convnext, regnet, resnet, tinyvit, vit
 from tinyvit_jax.models.clip import ClipViT
+from tinyvit_jax.models.convnext import ConvNeXtV2
+from tinyvit_jax.models.regnet import RegNetY
+from tinyvit_jax.models.resnet import ResNet
 from tinyvit_jax.models.tinyvit import TinyViT, scale_windows
 from tinyvit_jax.models.vit import ViT
 
-__all__ = ["FAMILIES", "VARIANTS", "ClipViT", "TinyViT", "ViT", "create_model", "describe_shape",
-           "family_of", "find_image_size", "has_distillation_token", "scale_windows"]
+__all__ = ["FAMILIES", "VARIANTS", "ClipViT", "ConvNeXtV2", "RegNetY", "ResNet", "TinyViT", "ViT",
+           "create_model", "describe_shape", "family_of", "find_image_size",
+           "has_distillation_token", "scale_windows"]
 
 Model = Any  # a flax module, of a kind that FAMILIES names
 
@@ -159,6 +163,15 @@ FAMILIES: dict[str, Family] = {
         ViT, ("embed_dims", "depths", "num_heads", "patch_size", "mlp_dims", "token_layout", "pool",
               "positions", "norm_order", "layer_scale"),
         ("drop_path", "dropout", "freeze_norm"), vit.make_vit, vit.VARIANTS),
+    "resnet": Family(
+        ResNet, ("embed_dims", "depths", "block", "stem_strides"), ("drop_path", "freeze_norm"),
+        resnet.make_resnet, resnet.VARIANTS),
+    "regnety": Family(
+        RegNetY, ("embed_dims", "depths", "group_width"), ("drop_path", "freeze_norm"),
+        regnet.make_regnety, regnet.VARIANTS),
+    "convnextv2": Family(
+        ConvNeXtV2, ("embed_dims", "depths", "patch_size"), ("drop_path", "freeze_norm"),
+        convnext.make_convnextv2, convnext.VARIANTS),
 }
 VARIANTS: dict[str, dict] = {
     name: variant for family in FAMILIES.values() for name, variant in family.variants.items()}

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tinyvit_jax.models import grouped
+
 Initializer = nn.initializers.Initializer
 
 EPSILON = 1e-5  # of every BatchNorm and LayerNorm
@@ -56,9 +58,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 def conv_reference(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`conv` as XLA's convolution, with XLA's gradients."""
-    pad = (kernel.shape[0] // 2,) * 2
-    return lax.conv_general_dilated(x, kernel, (stride, stride), (pad, pad),
-                                    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return grouped.grouped_conv_reference(x, kernel, stride, 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -104,11 +104,11 @@ def _shift(padded: jax.Array, i: int, j: int, H: int, W: int, stride: int) -> ja
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """3x3 convolution of each channel by itself, zero padding 1, in the backend's fastest form.
+    """Square convolution of each channel by itself, padded by half its size, in the fastest form.
 
     Args:
         x: [B, H, W, C].
-        kernel: [3, 3, 1, C], of x's dtype.
+        kernel: [k, k, 1, C] with k odd, of x's dtype.
         stride: 1 or 2.
 
     Returns:
@@ -121,14 +121,12 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 def depthwise_conv_reference(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`depthwise_conv` as XLA's grouped convolution: the fastest form on TPU."""
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1])
+    return grouped.grouped_conv_reference(x, kernel, stride, x.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_conv_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """`depthwise_conv` as nine shifted multiply-adds: the fastest form on CPU.
+    """`depthwise_conv` as shifted multiply-adds, one for each tap: the fastest form on CPU.
 
     XLA's CPU gradient of a grouped convolution does more arithmetic than the rest of the network,
     hence the gradients by hand, shifts as well.
@@ -139,51 +137,54 @@ def depthwise_conv_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.
 def _shifted_forward(x, kernel, stride):
     H, W = (-(-size // stride) for size in x.shape[1:3])
     # Without the barrier XLA computes the map a second time for the middle tap.
-    padded = lax.optimization_barrier(_pad(x, 1))
+    padded = lax.optimization_barrier(_pad(x, kernel.shape[0] // 2))
     return _sum_taps(padded, kernel, H, W, stride), (padded, kernel)
 
 
 def _sum_taps(padded: jax.Array, kernel: jax.Array, H: int, W: int, stride: int) -> jax.Array:
     """Convolves a map that has its zeros around it: [B, H, W, C]."""
-    taps = [_shift(padded, i, j, H, W, stride) * kernel[i, j, 0]
-            for i in range(3) for j in range(3)]
+    size = range(kernel.shape[0])
+    taps = [_shift(padded, i, j, H, W, stride) * kernel[i, j, 0] for i in size for j in size]
     return sum(taps[1:], taps[0])
 
 
 def _shifted_backward(stride, saved, grad):
     padded, kernel = saved
-    H, W = padded.shape[1] - 2, padded.shape[2] - 2
+    pad = kernel.shape[0] // 2
+    H, W = padded.shape[1] - 2 * pad, padded.shape[2] - 2 * pad
     # Zeros between the outputs of a strided convolution make its transpose one of stride 1.
     ends = [size - stride * (n - 1) for size, n in zip((H, W), grad.shape[1:3], strict=True)]
     zero = jnp.zeros((), grad.dtype)
     spread = lax.optimization_barrier(lax.pad(grad, zero, [
-        (0, 0, 0), (1, ends[0], stride - 1), (1, ends[1], stride - 1), (0, 0, 0)]))
+        (0, 0, 0), (pad, ends[0] + pad - 1, stride - 1), (pad, ends[1] + pad - 1, stride - 1),
+        (0, 0, 0)]))
     x_grad = _sum_taps(spread, kernel[::-1, ::-1], H, W, 1)
-    return x_grad, _kernel_grad(padded, spread, stride).astype(kernel.dtype)
+    return x_grad, _kernel_grad(padded, spread, stride, len(kernel)).astype(kernel.dtype)
 
 
-def _kernel_grad(padded: jax.Array, spread: jax.Array, stride: int) -> jax.Array:
-    """Gradient of the depthwise kernel, float32 [3, 3, 1, C].
+def _kernel_grad(padded: jax.Array, spread: jax.Array, stride: int, k: int) -> jax.Array:
+    """Gradient of the depthwise kernel, float32 [k, k, 1, C].
 
-    Row by row, because three rows stay in the cache: about four times as fast as whole maps.
+    Row by row, because k rows stay in the cache: about four times as fast as whole maps.
 
     Args:
-        padded: the map with zeros around it, [B, H + 2, W + 2, C].
+        padded: the map with k // 2 zeros around it, [B, H + k - 1, W + k - 1, C].
         spread: the gradient, of the same shape: zeros around it and, where `stride` is 2, between.
         stride: of the convolution.
+        k: side of the kernel.
     """
     B, _, width, C = padded.shape
-    H, W = (-(-(size - 2) // stride) for size in padded.shape[1:3])
-    end = stride * (W - 1) + 1
+    H, W = (-(-(size - k + 1) // stride) for size in padded.shape[1:3])
+    end, pad = stride * (W - 1) + 1, k // 2
 
     def add_row(sums, row):
         b, y = row // H, row % H * stride
-        rows = lax.dynamic_slice(padded, (b, y, 0, 0), (1, 3, width, C))[0]
-        seen = lax.dynamic_slice(spread, (b, y + 1, 0, 0), (1, 1, width, C))[0]
-        seen = seen[:, 1:1 + end:stride].astype(jnp.float32)
+        rows = lax.dynamic_slice(padded, (b, y, 0, 0), (1, k, width, C))[0]
+        seen = lax.dynamic_slice(spread, (b, y + pad, 0, 0), (1, 1, width, C))[0]
+        seen = seen[:, pad:pad + end:stride].astype(jnp.float32)
         return [total + rows[:, j:j + end:stride] * seen for j, total in enumerate(sums)], None
 
-    sums, _ = lax.scan(add_row, [jnp.zeros((3, W, C))] * 3, jnp.arange(B * H))
+    sums, _ = lax.scan(add_row, [jnp.zeros((k, W, C))] * k, jnp.arange(B * H))
     return jnp.stack([total.sum(1) for total in sums], 1)[:, :, None]
 
 
@@ -280,16 +281,20 @@ class Conv(nn.Module):
     stride: int = 1
     depthwise: bool = False
     dtype: jnp.dtype = jnp.float32
+    groups: int = 1  # of channels, each with its own kernel; not where depthwise
+    kernel_init: Initializer = conv_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features]."""
-        fan_in = 1 if self.depthwise else x.shape[-1]
+        fan_in = 1 if self.depthwise else x.shape[-1] // self.groups
         shape = (self.size, self.size, fan_in, self.features)
-        kernel = self.param("kernel", conv_init, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.depthwise:
             return depthwise_conv(x, kernel, self.stride)
+        if self.groups > 1:
+            return grouped.grouped_conv(x, kernel, self.stride, self.groups)
         if self.size == 1 and self.stride == 1:
             return project(x, kernel[0, 0])
         return conv(x, kernel, self.stride)
@@ -350,11 +355,14 @@ class ConvNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
     freeze_norm: bool = False
     dtype: jnp.dtype = jnp.float32
+    groups: int = 1
+    kernel_init: Initializer = conv_init
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features]."""
-        x = Conv(self.features, self.size, self.stride, self.depthwise, self.dtype, name="c")(x)
+        x = Conv(self.features, self.size, self.stride, self.depthwise, self.dtype, self.groups,
+                 self.kernel_init, name="c")(x)
         return BatchNorm(self.scale_init, self.freeze_norm, self.dtype, name="bn")(x, train)
 
 

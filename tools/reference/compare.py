@@ -10,14 +10,17 @@ import jax
 import numpy as np
 import torch
 
-from reference import torch_clip, torch_tinyvit, torch_vit
-from tinyvit_jax.convert import clip, files, tinyvit, vit
+from reference import torch_clip, torch_convnets, torch_tinyvit, torch_vit
+from tinyvit_jax.convert import clip, convnets, convnext, files, regnet, resnet, tinyvit, vit
 from tinyvit_jax.models import tinyvit as ours
 
 TOLERANCE = 1e-4  # of logits
 LAYER_TOLERANCE = 1e-5  # of one layer, given the same input, where its outputs are of size 1
 _CLASSES = {"microsoft": torch_tinyvit.TorchTinyViT, "timm": torch_tinyvit.TimmTinyViT}
-_HEADS = ("head.", "head_dist.", "classifier.")
+_HEADS = tuple(f"{name}.{leaf}" for leaf in ("weight", "bias") for name in (
+    "head", "head.fc", "head_dist", "classifier", "fc", "linear"))
+_CONVNETS = {resnet: torch_convnets.TorchResNet, regnet: torch_convnets.TorchRegNetY,
+             convnext: torch_convnets.TorchConvNeXt}
 
 
 class Layer(NamedTuple):
@@ -48,17 +51,21 @@ def read_reference(path: str, model: Any, written_here: bool) -> torch.nn.Module
             what surrounds a trunk and buffers that follow from the rest do not count.
     """
     state = files.read_state(path)
+    family = next((converter for converter in _CONVNETS if converter.owns(state)), None)
     if clip.owns(state):
         module: torch.nn.Module = torch_clip.TorchClip(model)
         own = clip.strip(state)
     elif vit.owns(state):
         module = torch_vit.make(model)
         own = vit.strip(state)
+    elif family:
+        module = _CONVNETS[family](model, family.detect_layout(state))
+        own = convnets.strip(state)
     else:
         own = tinyvit.strip(state)
         module = _CLASSES[tinyvit.detect_layout(own)](model)
     if not model.num_classes:
-        own = {key: value for key, value in own.items() if not key.startswith(_HEADS)}
+        own = {key: value for key, value in own.items() if key not in _HEADS}
     if not written_here:
         counts = {key: np.zeros((), np.int64) for key in module.state_dict()
                   if key.endswith("num_batches_tracked")}
