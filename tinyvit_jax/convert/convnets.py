@@ -63,13 +63,11 @@ def leaf_name(leaf: str) -> str:
 
 
 def choose_layout(family: str, layout: str, layouts: Sequence[str]) -> str:
-    """The layout to write; "" stands for the first.
+    """The layout to write, where the family has it.
 
     Raises:
         WeightsError: one that the family does not have.
     """
-    if not layout:
-        return layouts[0]
     if layout not in layouts:
         raise WeightsError(f"weights of a {family} are written in the layout of "
                            f"{' or '.join(layouts)}, and {layout} was asked for. Give "
