@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyvit_jax.data import draws, microsoft, ops, rand_augment
+from tinyvit_jax.data import draws, microsoft, ops, rand_augment, slots
 from tinyvit_jax.data.spec import (
     NO_BOX,
     VERSION,
@@ -37,16 +37,6 @@ __all__ = ["NO_BOX", "VERSION", "Box", "Spec", "SpecError", "View", "apply_view"
 _ATTEMPTS = 10  # at a crop or an erased rectangle that fits
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _VIEW_CROP, _VIEW_RATIO = "center", 224 / 256  # the view of "none"
-
-# Slots of a view. Ranges leave room; a slot is never given a second meaning.
-_TOP, _LEFT, _FLIP = 0, 1, 2
-_JITTER = 10  # order, brightness, contrast, saturation
-_ERASE, _ERASE_TOP, _ERASE_LEFT, _ERASE_NOISE = 20, 21, 22, 23
-_GREY = 30
-_CROP_TRY, _ERASE_TRY = 100, 200  # area and ratio of each attempt
-_OPS = 300  # of RandAugment, and all after it
-# Slots of a pair's mixing parameters.
-_MIX, _SWITCH, _MIX_TOP, _MIX_LEFT, _BETA = 10_000, 10_001, 10_002, 10_003, 10_100
 
 
 class View(NamedTuple):
@@ -120,7 +110,7 @@ def sample_view(seed: int, spec: Spec) -> View:
 
 def _draw_crops(seed: int, spec: Spec) -> Iterator[tuple[float, float]]:
     """Every attempt at a crop, drawn as one looks at it."""
-    return (_area_and_ratio(seed, _CROP_TRY + 2 * i, spec.scale, spec.ratio)
+    return (_area_and_ratio(seed, slots.CROP_TRY + 2 * i, spec.scale, spec.ratio)
             for i in range(_ATTEMPTS))
 
 
@@ -129,12 +119,12 @@ def _sample_but_crop(seed: int, spec: Spec) -> View:
     box = _sample_erased(seed, spec)
     return View(
         crop=(),
-        top=draws.unit(seed, _TOP),
-        left=draws.unit(seed, _LEFT),
-        flip=draws.unit(seed, _FLIP) < spec.flip,
+        top=draws.unit(seed, slots.TOP),
+        left=draws.unit(seed, slots.LEFT),
+        flip=draws.unit(seed, slots.FLIP) < spec.flip,
         ops=_sample_ops(seed, spec),
         erase=box,
-        noise=draws.hash64(seed, _ERASE_NOISE) if box != NO_BOX else 0,
+        noise=draws.hash64(seed, slots.ERASE_NOISE) if box != NO_BOX else 0,
     )
 
 
@@ -149,9 +139,9 @@ def _area_and_ratio(seed: int, slot: int, area: tuple[float, float],
 
 
 def _sample_ops(seed: int, spec: Spec) -> rand_augment.Applied:
-    applied = rand_augment.sample(seed, rand_augment.parse(spec.rand_augment), _OPS) if (
+    applied = rand_augment.sample(seed, rand_augment.parse(spec.rand_augment), slots.OPS) if (
         spec.rand_augment) else _sample_jitter(seed, spec)
-    if spec.greyscale and draws.unit(seed, _GREY) < spec.greyscale:
+    if spec.greyscale and draws.unit(seed, slots.GREY) < spec.greyscale:
         applied += _TO_GREY
     return applied
 
@@ -166,23 +156,23 @@ def _sample_jitter(seed: int, spec: Spec) -> rand_augment.Applied:
     if not spec.color_jitter:
         return ()
     low, high = max(0.0, 1 - spec.color_jitter), 1 + spec.color_jitter
-    order = _JITTERS[int(draws.unit(seed, _JITTER) * len(_JITTERS))]
-    slots = {name: _JITTER + 1 + i for i, name in enumerate(_JITTERS[0])}
-    return tuple((name, low + (high - low) * draws.unit(seed, slots[name])) for name in order)
+    order = _JITTERS[int(draws.unit(seed, slots.JITTER) * len(_JITTERS))]
+    own = {name: slots.JITTER + 1 + i for i, name in enumerate(_JITTERS[0])}
+    return tuple((name, low + (high - low) * draws.unit(seed, own[name])) for name in order)
 
 
 def _sample_erased(seed: int, spec: Spec) -> Box:
     """The rectangle of Random Erasing (Zhong et al., 2020), or NO_BOX."""
-    if draws.unit(seed, _ERASE) >= spec.erase:
+    if draws.unit(seed, slots.ERASE) >= spec.erase:
         return NO_BOX
     size = spec.image_size
     for i in range(_ATTEMPTS):
-        area, ratio = _area_and_ratio(seed, _ERASE_TRY + 2 * i, _ERASED_AREA, _ERASED_RATIO)
+        area, ratio = _area_and_ratio(seed, slots.ERASE_TRY + 2 * i, _ERASED_AREA, _ERASED_RATIO)
         h = round(math.sqrt(area * size * size * ratio))
         w = round(math.sqrt(area * size * size / ratio))
         if h < size and w < size:
-            y = int(draws.unit(seed, _ERASE_TOP) * (size - h + 1))
-            x = int(draws.unit(seed, _ERASE_LEFT) * (size - w + 1))
+            y = int(draws.unit(seed, slots.ERASE_TOP) * (size - h + 1))
+            x = int(draws.unit(seed, slots.ERASE_LEFT) * (size - w + 1))
             return (y, x, y + h, x + w) if h and w else NO_BOX
     return NO_BOX
 
@@ -266,17 +256,17 @@ def sample_mix(seed_a: int, seed_b: int, spec: Spec) -> tuple[float, Box]:
     seed = seed_a ^ seed_b
     if spec.spec == "microsoft":
         return microsoft.sample_mix(seed, spec)
-    if not (spec.mixup or spec.cutmix) or draws.unit(seed, _MIX) >= spec.mix_prob:
+    if not (spec.mixup or spec.cutmix) or draws.unit(seed, slots.MIX) >= spec.mix_prob:
         return 1.0, NO_BOX
     both = spec.mixup > 0 and spec.cutmix > 0
-    cuts = draws.unit(seed, _SWITCH) < spec.mix_switch if both else spec.cutmix > 0
+    cuts = draws.unit(seed, slots.SWITCH) < spec.mix_switch if both else spec.cutmix > 0
     lam = _beta(seed, spec.cutmix if cuts else spec.mixup)
     return _cut_box(seed, lam, spec.image_size) if cuts else (lam, NO_BOX)
 
 
 def _beta(seed: int, alpha: float) -> float:
     """A number of Beta(alpha, alpha) by Joehnk's rejection (Metrika 8, 1964), to nine decimals."""
-    for slot in itertools.count(_BETA, 2):
+    for slot in itertools.count(slots.BETA, 2):
         x = math.log(1 - draws.unit(seed, slot)) / alpha
         y = math.log(1 - draws.unit(seed, slot + 1)) / alpha
         # With a small alpha both powers underflow; their ratio, from the logarithms, does not.
@@ -288,7 +278,7 @@ def _beta(seed: int, alpha: float) -> float:
 def _cut_box(seed: int, lam: float, size: int) -> tuple[float, Box]:
     """CutMix's box (Yun et al., 2019) around a drawn centre, clipped; lam is what it leaves."""
     half = int(size * math.sqrt(1 - lam)) // 2
-    y, x = (int(draws.unit(seed, slot) * size) for slot in (_MIX_TOP, _MIX_LEFT))
+    y, x = (int(draws.unit(seed, slot) * size) for slot in (slots.MIX_TOP, slots.MIX_LEFT))
     y0, x0, y1, x1 = max(y - half, 0), max(x - half, 0), min(y + half, size), min(x + half, size)
     area = (y1 - y0) * (x1 - x0)
     return (1 - area / (size * size), (y0, x0, y1, x1)) if area else (1.0, NO_BOX)
