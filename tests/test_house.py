@@ -12,7 +12,7 @@ NUMPY = {"numpy"}
 JAX = {"jax", "numpy"}
 GROUND = {"batch"}
 HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.color", "data.warp",
-        "data.ppm", "data.rand_augment", "data.spec",
+        "data.ppm", "data.rand_augment", "data.slots", "data.spec",
         "data.microsoft", "data.augment", "data.source", "data.folder",
         "data.pack", "data.tfds", "data.binary", "data.images", "data.finder", "data.labels",
         "store.codec", "store.codec_v1", "store.levels", "store.sections", "store.keys",
@@ -30,7 +30,7 @@ WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "con
            "weights", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
                     "config", "matching", "forecast", "scores"}
-LOOP = {"live", "memory", "meter", "packing", "program", "resume"}
+LOOP = {"feed", "live", "memory", "meter", "packing", "program", "resident", "resume"}
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
@@ -52,8 +52,9 @@ FLOORS = {
     "data.color": ({"data.ops"}, NUMPY | {"cv2"}),
     "data.warp": ({"data.ops"}, NUMPY | {"cv2"}),
     "data.spec": ({"data.rand_augment"}, set()),
+    "data.slots": (set(), set()),
     "data.augment": ({"data.draws", "data.ops", "data.rand_augment", "data.microsoft",
-                      "data.spec"}, NUMPY),
+                      "data.slots", "data.spec"}, NUMPY),
     "data.rand_augment": ({"data.draws", "data.ops", "data.color", "data.warp"}, NUMPY),
     "data.microsoft": ({"data.ops", "data.rand_augment", "data.spec"}, NUMPY | {"PIL"}),
     "data.source": ({"data.draws"}, NUMPY),
@@ -133,6 +134,11 @@ FLOORS = {
     "forecast": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "capture": (MIDDLE | DEVICE | HOST | {"data.pipeline"}, JAX | {"ml_collections"}),
     "matching": (MIDDLE | HOST | {"data.pipeline"}, NUMPY | {"ml_collections"}),
+    "hashing": (set(), {"jax"}),
+    "resident": ({"hashing", "mesh", "data.ops", "data.slots", "data.images", "data.order",
+                  "data.spec"}, JAX | {"ml_collections"}),
+    "feed": ({"live", "log", "memory", "meter", "mesh", "program", "resident", "teachers",
+              "data.pipeline"}, JAX | {"ml_collections"}),
     "live": ({"memory", "mesh", "mix", "program", "teachers"}, {"jax"}),
     "memory": ({"config"}, JAX | {"ml_collections"}),
     "meter": ({"log"}, {"jax"}),

@@ -302,14 +302,14 @@ def test_nothing_waits_for_a_teacher_of_ours(folder, workdir, tmp_path, monkeypa
     data = train.open_data(c)
     teacher = make_teacher(c, data)
     updates, seen = [], set()
-    value, asarray, add = array.ArrayImpl._value, np.asarray, train.Meter.add
+    value, asarray, add = array.ArrayImpl._value, np.asarray, meter.Meter.add
     here = threading.get_ident()
 
     def note(x):
         if threading.get_ident() == here and isinstance(x, jax.Array):
             seen.add(len(updates))
 
-    monkeypatch.setattr(train.Meter, "add", lambda *a: (updates.append(1), add(*a)))
+    monkeypatch.setattr(meter.Meter, "add", lambda *a: (updates.append(1), add(*a)))
     monkeypatch.setattr(array.ArrayImpl, "_value",
                         property(lambda x: (note(x), value.fget(x))[1]))
     monkeypatch.setattr(np, "asarray", lambda x, *a, **k: (note(x), asarray(x, *a, **k))[1])

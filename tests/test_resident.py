@@ -137,13 +137,18 @@ def test_stops():
     ({"spec": "imagenet"}, "augment.spec=imagenet"),
     ({"rand_augment": "rand-m9"}, "rand_augment=rand-m9"), ({"erase": 0.1}, "erase=0.1")])
 def test_what_only_the_host_can_do_is_named(changes, word):
+    config, order = configs.default(), Order(0, 8, False)
+    config.train.batch_size = 64
     with pytest.raises(resident.ResidentError, match=word):
-        resident.check(make_spec(**changes), Order(0, 8, False), None, 10, 8)
-    resident.check(make_spec(), Order(0, 8, False), None, 10, 8)
-    with pytest.raises(resident.ResidentError, match="store's targets"):
-        resident.check(make_spec(), Order(0, 8, False), object(), 10, 8)
+        resident.check(config, make_spec(**changes), order, None, 10)
+    resident.check(config, make_spec(), order, None, 10)
+    with pytest.raises(resident.ResidentError, match="a store is read by the host"):
+        resident.check(config, make_spec(), order, object(), 10)
     with pytest.raises(resident.ResidentError, match="views, expected fewer than 2,147,483,648"):
-        resident.check(make_spec(), Order(0, 8, False), None, 2**25, 64)
+        resident.check(config, make_spec(), order, None, 2**25)
+    config.objective.name = "live_teacher"
+    with pytest.raises(resident.ResidentError, match=r"objective\.name=live_teacher"):
+        resident.check(config, make_spec(), order, None, 10)
 
 
 def test_bytes():

@@ -207,14 +207,14 @@ def quick(folder, monkeypatch):
 def test_the_host_reads_nothing_between_two_lines(quick, tmp_path, monkeypatch):
     data = train.open_data(quick)
     updates, seen = [], set()
-    value, asarray, add = array.ArrayImpl._value, np.asarray, train.Meter.add
+    value, asarray, add = array.ArrayImpl._value, np.asarray, meter.Meter.add
     here = threading.get_ident()
 
     def note(x):
         if threading.get_ident() == here and isinstance(x, jax.Array):
             seen.add(len(updates))
 
-    monkeypatch.setattr(train.Meter, "add", lambda *a: (updates.append(1), add(*a)))
+    monkeypatch.setattr(meter.Meter, "add", lambda *a: (updates.append(1), add(*a)))
     monkeypatch.setattr(array.ArrayImpl, "_value",
                         property(lambda x: (note(x), value.fget(x))[1]))
     monkeypatch.setattr(np, "asarray", lambda x, *a, **k: (note(x), asarray(x, *a, **k))[1])

@@ -36,6 +36,9 @@ def default() -> ml_collections.ConfigDict:
     # out among the workers
     d.threads = 0
     d.prefetch = 2  # batches kept ready for each thread
+    # The whole set, decoded, in the memory of each device, and its views made there: for small sets
+    # with augment.spec=small, whose updates then follow each other without the host
+    d.resident = False
 
     c.augment = a = ml_collections.ConfigDict()
     # imagenet: random resized crop | small: pad and crop | none: centre | microsoft: the original's

@@ -28,6 +28,7 @@ class Meter:
         self.began = self.since = time.perf_counter()
         self.waited = 0.0
         self.pending: list[dict] = []
+        self._counts: list[int] = []
         self._advised = False
 
     @contextlib.contextmanager
@@ -41,9 +42,10 @@ class Meter:
         if not self.pending or self.pending[-1]["loss"].is_ready():
             self.waited += time.perf_counter() - began
 
-    def add(self, metrics: dict) -> None:
-        """Keeps one update's metrics, still on the device."""
+    def add(self, metrics: dict, updates: int = 1) -> None:
+        """Keeps the metrics of an update, or the means of several, still on the device."""
         self.pending.append(metrics)
+        self._counts.append(updates)
 
     def bound_queue(self, updates: int) -> None:
         """Waits until fewer than so many updates are left to do: each holds its batch in memory."""
@@ -54,15 +56,16 @@ class Meter:
         """The averages since the last reading, and the seconds left."""
         values = jax.device_get(self.pending)
         now = time.perf_counter()
-        elapsed, count = max(now - self.since, 1e-9), len(values)
-        line = {k: float(sum(v[k] for v in values)) / count for k in values[0]}
+        elapsed, count = max(now - self.since, 1e-9), sum(self._counts)
+        line = {k: float(sum(n * v[k] for n, v in zip(self._counts, values, strict=True))) / count
+                for k in values[0]}
         line |= {"skipped": float(values[-1]["skipped"]),
                  "learning_rate": float(values[-1]["learning_rate"]),
                  "images_per_second": count * self.batch_size / elapsed,
                  "data_wait": self.waited / elapsed, "seconds": self.seconds()}
         self._advise(line["data_wait"], elapsed)
         eta = (self.steps - step) * elapsed / count
-        self.pending, self.waited, self.since = [], 0.0, now
+        self.pending, self._counts, self.waited, self.since = [], [], 0.0, now
         return line, eta
 
     def _advise(self, wait: float, elapsed: float) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,7 +23,7 @@ from tinyvit_jax import hashing
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import ops, slots
 from tinyvit_jax.data.images import ImageSource
-from tinyvit_jax.data.order import Order
+from tinyvit_jax.data.order import AnyOrder, Order
 from tinyvit_jax.data.spec import Spec
 
 _READ = 1024  # images read at once
@@ -35,22 +36,31 @@ class ResidentError(ValueError):
     """A run whose views cannot be made on the devices; the message says which setting it is."""
 
 
-def check(spec: Spec, order: Any, store: Any, steps: int, batch_size: int) -> None:
-    """Raises ResidentError where views hang on what only the host can do."""
-    reasons = []
+def check(config: ml_collections.ConfigDict, spec: Spec, order: AnyOrder, store: Any, steps: int
+          ) -> Order:
+    """Raises ResidentError where views or targets hang on what only the host can do.
+
+    Returns:
+        The order, which is a formula.
+    """
+    reasons, batch_size = [], config.train.batch_size
     if spec.spec != "small":
         reasons.append(f"augment.spec={spec.spec}: only small (pad, crop, flip) is drawn there")
     if spec.rand_augment:
         reasons.append(f"augment.rand_augment={spec.rand_augment}: set it to ''")
     if spec.erase:
         reasons.append(f"augment.erase={spec.erase}: set it to 0")
-    if store is not None or not isinstance(order, Order):
-        reasons.append("targets of a store are read by the host: learn from labels")
+    objective = config.objective.name
+    if store is not None or not isinstance(order, Order) or objective != "supervised":
+        reasons.append(f"objective.name={objective}: a store is read by the host, and a live "
+                       f"teacher is a program of its own; labels alone are there")
     if steps * batch_size >= 2**31:
         reasons.append(f"{steps * batch_size:,} views, expected fewer than {2**31:,}")
     if reasons:
         raise ResidentError("--config.data.resident=True cannot work here: " + "; ".join(reasons)
                             + ". Or set --config.data.resident=False.")
+    assert isinstance(order, Order)
+    return order
 
 
 def count_bytes(num_images: int, image_size: int) -> int:
@@ -157,8 +167,7 @@ def _jitter(images: jax.Array, seed: jax.Array, strength: float) -> jax.Array:
 
 def _luma(images: jax.Array) -> jax.Array:
     """Grey levels, rounded as PIL rounds them: uint8 [B, H, W, 3] -> uint8 [B, H, W, 1]."""
-    total = sum(weight * images[..., c:c + 1].astype(jnp.int32)
-                for c, weight in enumerate(_LUMA)) + _HALF
+    total = (images.astype(jnp.int32) * jnp.array(_LUMA)).sum(-1, keepdims=True) + _HALF
     return (total >> 16).astype(jnp.uint8)
 
 

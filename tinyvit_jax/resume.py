@@ -28,7 +28,8 @@ _BEFORE = {"augment.pixels": "exact", "augment.greyscale": 0.0, "objective.tempe
            "objective.alpha": 0.5, "objective.kind": "soft", "store.temperature": 1.0,
            "store.tail": "uniform", "model.dropout": -1.0, "model.patch_size": 0,
            "model.mlp_dims": [], "model.token_layout": "", "model.pool": "", "model.positions": "",
-           "model.norm_order": "", "model.layer_scale": 0.0}
+           "model.norm_order": "", "model.layer_scale": 0.0,
+           "data.resident": False}
 
 
 def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict[str, str],

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -30,12 +29,12 @@ from tinyvit_jax import (
     teachers,
     weights,
 )
+from tinyvit_jax import feed as feeds
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.config import mixes
 from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import AnyOrder, Order
 from tinyvit_jax.matching import check_replay, check_store, record_store
-from tinyvit_jax.meter import Meter
 from tinyvit_jax.packing import make_packing
 from tinyvit_jax.program import Program, compiling, count_compilations, describe_arrays
 from tinyvit_jax.resume import record_config
@@ -141,16 +140,6 @@ def describe_state(config: ml_collections.ConfigDict, model, make_tx: Callable, 
         lambda key: _first_state(config, _init_variables(model, key), make_tx),
         jax.random.key(config.seed))
     return describe_arrays(shapes, meshes.replicated(mesh))
-
-
-def describe_batch(batches: pipeline.TrainBatches, start: int, mesh: Mesh
-                   ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a run's batches, from the first two rows that this process reads."""
-    first = start * batches.batch_size + batches.rows.first
-    pair: Any = batches.views.read(np.arange(first, first + 2))
-    return {name: jax.ShapeDtypeStruct(
-        (x.shape[0] * batches.batch_size // 2, *x.shape[1:]), x.dtype,
-        sharding=meshes.sharded(mesh)) for name, x in pair.items()}
 
 
 def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.GradientTransformation,
@@ -292,17 +281,12 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         if done is not None and checkpoints.latest == steps:
             return done
         start = checkpoints.latest or 0
-        batches = pipeline.TrainBatches(
-            pipeline.Views(data.train, spec, data.order, store, config.store.passes,
-                           config.store.top_k),
-            config.train.batch_size, pipeline.Rows.of_process(
-                config.train.batch_size, jax.process_index(), jax.process_count()), steps)
         like = describe_state(config, model, make_tx, mesh)
-        step_fn = make_train_step(config, model, make_tx(like.params), schedule, mesh)
-        teaching = live.Teaching(teacher, config.objective.name == "live_teacher",
-                                 describe_batch(batches, start, mesh), len(data.train.class_names),
-                                 mesh, compiler, title)
-        update = Program(step_fn, (like, teaching.shapes), compiler, f"{title}: the update")
+        feed = feeds.open_feed(
+            feeds.Run(config, pipeline.Views(data.train, spec, data.order, store,
+                                             config.store.passes, config.store.top_k),
+                      steps, start, len(data.train.class_names), mesh, compiler, title),
+            like, make_train_step(config, model, make_tx(like.params), schedule, mesh), teacher)
         if start:
             state = State(**checkpoints.restore(start, like._asdict()))
             log.logger.info("%s: resumed at update %d of %d", title, start, steps)
@@ -317,9 +301,8 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         Program(judge.eval_step, ({"params": like.params, "batch_stats": like.batch_stats},
                                   judge.describe_batch()), compiler, f"{title}: the evaluation")
         with memory.explaining(config):
-            result = _loop(config, workdir, state, start, per_epoch, update, batches, teaching,
-                           lambda variables: evaluate.score(judge(variables)), checkpoints, mesh,
-                           title)
+            result = _loop(config, workdir, state, per_epoch, feed,
+                           lambda variables: evaluate.score(judge(variables)), checkpoints)
     result["parameters"] = sum(x.size for x in jax.tree.leaves(like.params))
     result |= _scores_before(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
@@ -327,68 +310,54 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
     return result
 
 
-_UNDER_WAY = 2  # updates given to the devices and not done: one at work, one that follows at once
-
-
-def _announce(config: ml_collections.ConfigDict, update: Program, teaching: live.Teaching,
-              title: str) -> int:
+def _announce(config: ml_collections.ConfigDict, feed: feeds.Streamed | feeds.Resident) -> int:
     """Waits for the compiled update and says what it needs; gives its peak memory in bytes.
 
     Raises:
         OutOfMemory: it does not fit on the devices.
     """
-    needs, seconds = update.wait()
-    needs = teaching.add_memory(needs)
-    ahead = _UNDER_WAY * memory.count_bytes(update.shapes[1])  # and the batch among its arguments
+    needs, ahead, seconds = feed.measure()
     limit = memory.find_limit()
     if jax.process_index() == 0:
-        log.logger.info("%s: compiled in %.1f s, %s", title, seconds,
+        log.logger.info("%s: compiled in %.1f s, %s", feed.run.title, seconds,
                         memory.describe(needs, ahead, limit))
     memory.check_fits(config, needs, ahead, limit)
     return needs.peak + ahead
 
 
-def _loop(config, workdir: Path, state: State, start: int, per_epoch: float, update: Program,
-          batches: pipeline.TrainBatches, teaching: live.Teaching, evaluator: Callable,
-          checkpoints: checkpoint.Checkpoints, mesh: Mesh, title: str) -> dict:
+def _loop(config, workdir: Path, state: State, per_epoch: float,
+          feed: feeds.Streamed | feeds.Resident, evaluator: Callable,
+          checkpoints: checkpoint.Checkpoints) -> dict:
     """Batch, teacher, step, log, evaluate, save; until all batches were shown.
 
-    The host never waits for a device between two log lines, but where it is two updates ahead; the
-    next batch travels while the present update runs.
+    The host never waits for a device between two log lines, but where it is too far ahead.
     """
-    steps, first = len(batches), jax.process_index() == 0
+    done, steps, title = feed.run.start, feed.run.steps, feed.run.title
+    first = jax.process_index() == 0
+    log_at = set(range(config.log_every, steps + 1, config.log_every))
     eval_at = _marks(config.eval.every_epochs, per_epoch, steps)
     save_at = _marks(config.checkpoint.every_epochs, per_epoch, steps)
-    progress = log.Progress(title, steps, start, workdir / "metrics.jsonl" if first else None,
+    progress = log.Progress(title, steps, done, workdir / "metrics.jsonl" if first else None,
                             quiet=not first)
-    stream = pipeline.batch_stream(
-        batches, start, threads=config.data.threads, workers=config.data.workers,
-        prefetch=config.data.prefetch)
-    meter = Meter(title, config.train.batch_size, steps,
-                  log.last_seconds(workdir / "metrics.jsonl"))
-
-    def fetch() -> dict[str, jax.Array]:
-        with meter.waiting():
-            rows = next(stream)
-        return teaching(meshes.put_batch(rows, mesh))
-
+    meter = feed.open(workdir)
     scores, result = {}, {}
-    if config.model.init_from and not start:  # what the weights are worth before any update
+    if config.model.init_from and not done:  # what the weights are worth before any update
         scores = evaluator({"params": state.params, "batch_stats": state.batch_stats})
         progress.report(0, {f"eval_{k}": scores[k] for k in ("top1", "top5", "loss")}
                         | {"seconds": 0.0})
-    if start < steps:
-        batch = fetch()
-        result["peak_bytes"] = _announce(config, update, teaching, title)
+    built = None
+    if done < steps:
+        feed.prepare()
+        result["peak_bytes"] = _announce(config, feed)
     meter.forget_time()
-    for step in range(start + 1, steps + 1):
-        with jax.transfer_guard("disallow"):
-            state, metrics = update(state, batch)
-        if step == start + 1:
+    for step in feed.stops(log_at, eval_at, save_at):
+        state, metrics = feed.advance(state, step)
+        if built is None:
             built = count_compilations()
-        meter.add(metrics)
-        progress.advance()
-        if step % config.log_every == 0 or step in eval_at or step in save_at:
+        meter.add(metrics, step - done)
+        progress.advance(step - done)
+        done = step
+        if step in log_at or step in eval_at or step in save_at:
             line, eta = meter.read(step)
             if line["skipped"] >= config.train.max_skipped:
                 raise TrainingError(
@@ -406,8 +375,8 @@ def _loop(config, workdir: Path, state: State, start: int, per_epoch: float, upd
         if step in save_at:
             checkpoints.save(step, state._asdict(), scores["top1"] if step in eval_at else None)
         if step < steps:
-            batch = fetch()  # after a checkpoint is safe, before waiting for the update
-        meter.bound_queue(_UNDER_WAY)
+            feed.prepare()  # after a checkpoint is safe, before waiting for the update
+        feed.hold()
     progress.close()
     if not scores:  # a run that was killed after its last update
         scores = evaluator({"params": state.ema or state.params, "batch_stats": state.batch_stats})

@@ -319,7 +319,7 @@ def make_steps(case: Case, store: Any, teacher: Any = None) -> Steps:
     """
     import jax
 
-    from tinyvit_jax import live, memory, optim, train, weights
+    from tinyvit_jax import feed, live, memory, optim, train, weights
     from tinyvit_jax import mesh as meshes
     from tinyvit_jax.data import augment, pipeline
     from tinyvit_jax.data.order import Order
@@ -343,7 +343,7 @@ def make_steps(case: Case, store: Any, teacher: Any = None) -> Steps:
     step: Any = train.make_train_step(config, model, make_tx(state.params),
                                       optim.make_schedule(config.optim, batch, 10_000, 100.0), mesh)
     with compiling() as compiler:
-        teaching = live.Teaching(teacher, teacher is not None, train.describe_batch(
+        teaching = live.Teaching(teacher, teacher is not None, feed.describe_batch(
             batches, 0, mesh), case.classes, mesh, compiler, "benchmark")
         teaching.add_memory(memory.Memory(0, 0, 0, 0))  # waits until it is compiled
     held, shapes = [state], train.describe_state(config, model, make_tx, mesh)
