@@ -14,7 +14,7 @@ import pytest
 import tiny
 from jax._src import array
 
-from tinyvit_jax import checkpoint, evaluate, log, measure, optim, train, weights
+from tinyvit_jax import checkpoint, evaluate, log, measure, meter, optim, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import augment, pipeline
 
