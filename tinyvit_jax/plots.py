@@ -132,7 +132,7 @@ def plot_confusion(report: dict[str, Any], confusion: tuple[np.ndarray, np.ndarr
 
     names = [_shorten(c["name"]) for c in report["per_class"]]
     share, columns = _share_confusion(confusion, names)
-    side = min(19.0, 3.2 + (0.42 if len(names) <= _CELLS else 0.155) * len(names))
+    side = min(19.0, 4.5 + (0.42 if len(names) <= _CELLS else 0.155) * len(names))
     size = 9 if len(names) <= _CELLS else 7.5
     figure, axis = pyplot.subplots(figsize=(side + 1.2, side), layout="constrained")
     # By square roots: mistakes are few percent each, and would all be white otherwise.
@@ -146,11 +146,12 @@ def plot_confusion(report: dict[str, Any], confusion: tuple[np.ndarray, np.ndarr
     axis.set_xlabel("predicted")
     axis.set_ylabel("label")
     macro = report["macro"]
-    axis.set_title(
-        f"{report['source']} ({report['split']}): {report['count']:,} images, "
-        f"top-1 {report['top1']:.2f} %\nmacro F1 {macro['f1']:.2f} %, precision "
-        f"{macro['precision']:.2f} %, recall {macro['recall']:.2f} %, MCC {report['mcc']:.2f} %",
-        fontsize=11)
+    source = report["source"].replace("$", r"\$")
+    source = source if len(source) <= 40 else f"…{source[-39:]}"  # a path tells most at its end
+    figure.suptitle(
+        f"{source} ({report['split']}): {report['count']:,} images\ntop-1 {report['top1']:.2f} %, "
+        f"MCC {report['mcc']:.2f} %; means: F1 {macro['f1']:.2f} %, precision "
+        f"{macro['precision']:.2f} %, recall {macro['recall']:.2f} %", fontsize=10)
     bar = figure.colorbar(drawn, shrink=0.6, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
     bar.set_label("% of each label")
     if len(names) <= _CELLS:
