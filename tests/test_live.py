@@ -22,6 +22,7 @@ from tinyvit_jax import (
     live,
     log,
     measure,
+    meter,
     memory,
     mix,
     optim,
