@@ -41,6 +41,7 @@ COMMON = {"objective.smoothing": 0.1, "optim.scale_by_batch": False, "optim.weig
           "eval.crop_ratio": 1.0, "eval.batch_size": 500, "checkpoint.every_epochs": 5.0}
 SMALL = {"augment.spec": "small", "augment.rand_augment": "", "augment.erase": 0.0}
 SLIDES = COMMON | SMALL | {
+    "data.resident": True,
     "model.name": "vit_mini_patch4_32", "train.batch_size": 64, "train.epochs": 100.0,
     "optim.learning_rate": 3e-4, "optim.warmup_epochs": 0.0, "optim.warmup_learning_rate": 3e-4,
     "optim.min_learning_rate": 0.0, "optim.clip_norm": 0.0}
@@ -50,6 +51,7 @@ MODERN = COMMON | {
     "optim.learning_rate": 1e-3, "optim.warmup_epochs": 10.0, "optim.warmup_learning_rate": 1e-6,
     "optim.min_learning_rate": 1e-5}
 LAPTOP = COMMON | SMALL | {
+    "data.resident": True,
     "model.name": "tiny_vit_1m_32", "train.batch_size": 128, "optim.learning_rate": 2e-3,
     "optim.warmup_epochs": 1.0, "optim.warmup_learning_rate": 1e-5,
     "optim.min_learning_rate": 1e-5}
@@ -118,14 +120,15 @@ def test_the_slides_views_of_stl():
 @pytest.mark.parametrize(("name", "title", "stage"), [
     ("cifar100", "CIFAR-100", "modern"), ("stl10", "STL-10", "slides")])
 def test_a_few_updates_from_binary_files(name, title, stage, tmp_path):
-    """A whole run, evaluation and report, of a model with one block in each stage."""
+    """A whole run, evaluation and report, of a model with one block, or one in each stage."""
     make_set(tmp_path / "set", title)
     c = load(name, stage)
     c.data.update({"source": f"binary:{tmp_path / 'set'}", "threads": 2})
-    if stage == "slides":  # its model is another room's
-        c.model.update({"name": "tiny_vit_1m_32", "patch_size": 0})
-    c.model.update({"embed_dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1),
-                    "stem_strides": (2, 2)})
+    if stage == "slides":
+        c.model.update({"embed_dims": (16,), "depths": (1,), "num_heads": (2,), "mlp_dims": (32,)})
+    else:
+        c.model.update({"embed_dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1),
+                        "num_heads": (1, 1, 1, 1), "stem_strides": (2, 2)})
     c.train.update({"batch_size": 6, "epochs": 1.0})
     c.eval.batch_size = 6
     configs.check(c)
@@ -141,6 +144,14 @@ def test_a_few_updates_from_binary_files(name, title, stage, tmp_path):
     assert rows[0] == "name,count,precision,recall,f1,top1,top5"
     assert len(rows) == 1 + len(made["per_class"])
     assert (place / "confusion.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("cifar10", 65), ("cifar100", 65), ("stl10", 65)])
+def test_the_slides_model_can_be_made(name, tokens):
+    c = load(name, "slides")
+    model = models.create_model(c.model.name, 10, c.model.image_size, patch_size=c.model.patch_size)
+    assert (model.depths, model.embed_dims, model.num_heads) == ((6,), (128,), (8,))
+    assert model.variable_shapes()["params"]["pos_embed"].shape == (1, tokens, 128)
 
 
 @pytest.mark.parametrize("stage", ["modern", "laptop"])

@@ -76,6 +76,7 @@ def make_config(stage: str, name: str) -> ml_collections.ConfigDict:
 
 def _set_slides(c: ml_collections.ConfigDict, own: ImageSet) -> None:
     """The recipe of the slides, "Models Training Setup" and "Parameters"."""
+    c.data.resident = True
     c.model.name, c.model.patch_size = "vit_mini_patch4_32", own.side // 8
     c.train.batch_size, c.train.epochs = 64, 100.0
     c.optim.update({"learning_rate": 3e-4, "warmup_epochs": 0.0, "warmup_learning_rate": 3e-4,
@@ -98,6 +99,7 @@ def _set_modern(c: ml_collections.ConfigDict, own: ImageSet) -> None:
 
 def _set_laptop(c: ml_collections.ConfigDict, own: ImageSet) -> None:
     """The modern model small and short enough for a CPU, with the slides' simple views."""
+    c.data.resident = True
     c.model.name = "tiny_vit_1m_32"
     if own.side > 32:
         c.model.stem_strides = (2, 2)
