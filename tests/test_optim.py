@@ -66,6 +66,16 @@ def test_layer_scales():
     assert scale["norm_head"]["bias"] == scale["head"]["kernel"] == 1.0
 
 
+def test_layer_scales_where_a_stage_begins_with_its_way_down():
+    leaf = {"kernel": jnp.ones((2, 3))}
+    tree = {"stem": leaf, "stages_0": {"blocks_0": leaf},
+            "stages_1": {"downsample": leaf, "blocks_0": leaf, "blocks_1": leaf}, "head": leaf}
+    scale = optim.layer_scales(tree, 0.5, depths=(1, 2))
+    assert scale["stem"] == scale["stages_0"]["blocks_0"] == {"kernel": 0.25}
+    assert scale["stages_1"]["downsample"] == scale["stages_1"]["blocks_0"] == {"kernel": 0.5}
+    assert scale["stages_1"]["blocks_1"] == scale["head"] == {"kernel": 1.0}
+
+
 @pytest.mark.parametrize(("warmup", "first"), [(1.0, 1.0), (0.0, 0.25)])
 def test_the_first_update_lacks_the_factors_of_a_warmup(warmup, first):
     c = section(layer_decay=0.5, warmup_epochs=warmup)

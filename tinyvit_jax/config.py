@@ -62,7 +62,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.model = m = ml_collections.ConfigDict()
     _add_architecture(m)
-    # One of tinyvit_jax.models.VARIANTS, or tiny_vit for one's own; "" = as init_from's weights are
+    # One of tinyvit_jax.models.VARIANTS (tiny_vit, vit: one's own); "" = as init_from's weights are
     m.name = "tiny_vit_5m_224"
     m.num_classes = 0  # 0 = as many as the image source has
     m.drop_path = 0.0  # stochastic depth, the last block's rate

@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5)
     parser.add_argument("--image_size", type=int, default=0, help="for a PyTorch file (224)")
     parser.add_argument("--stem_strides", type=int, nargs=2, default=(), help="for a PyTorch file")
+    parser.add_argument("--num_heads", type=int, default=0, help="of a ViT's file (one for 64 "
+                        "channels, where it does not tell)")
     parser.add_argument("--classes", help="file of class names, one a line, for a PyTorch file")
     parser.add_argument("images", nargs="+")
     args = parser.parse_args()
@@ -47,7 +49,7 @@ def main() -> None:
     try:
         names = heads.read_class_names(args.classes) if args.classes else ()
         trained = weights.open_trained(args.weights, args.image_size, tuple(args.stem_strides),
-                                       names)
+                                       names, (args.num_heads,) if args.num_heads else ())
         if not trained.model.num_classes:
             raise ValueError(f"{args.weights} has no classifier, so it names no class. Give "
                              f"weights with a head.")
