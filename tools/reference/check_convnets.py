@@ -2,9 +2,9 @@
 
 python tools/reference/check_convnets.py resnet50 regnety_160 convnextv2_tiny --image_size=224
 
-Needs timm (pip install timm). Weights and statistics are random, and none is silent. Printed is, for
-each model, the largest difference of two images' logits from timm's and how large they are; keys or
-shapes that are not timm's are an error.
+Needs timm (pip install timm). Weights and statistics are random, and none is silent. Printed is,
+for each model, the largest difference of two images' logits from timm's and how large they are;
+keys or shapes that are not timm's are an error.
 """
 
 import argparse
