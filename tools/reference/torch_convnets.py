@@ -275,7 +275,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
                 last = key.split(".")[-2] in ("fc", "linear", "head")
                 value.copy_(noise * (0.02 if last else 2) ** 0.5 / value[0].numel() ** 0.5)
             elif key.endswith("weight") and "grn" not in key:
-                value.copy_((0.2 * noise).exp())
+                value.copy_(0.5 * (0.2 * noise).exp())  # branches below 1, as in trained networks
             else:
                 value.copy_(0.3 * noise)
     return module.eval()
