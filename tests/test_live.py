@@ -353,7 +353,7 @@ def test_the_head_of_a_distillation_token_learns_from_the_teacher(folder, workdi
         num_classes: int = 3
         image_size: int = 16
         depths: tuple = (1,)
-        distillation_token: bool = True
+        token_layout: str = "distilled"
 
         def setup(self):
             self.norm = nn.BatchNorm(use_running_average=False)

@@ -110,7 +110,7 @@ def find_image_size(model: Model) -> int:
 
 def has_distillation_token(model: Model) -> bool:
     """Whether a model has a head of its own for a teacher's answers: its method `answers`."""
-    return bool(getattr(model, "distillation_token", False))
+    return getattr(model, "token_layout", "") == "distilled"
 
 
 def _choose_known(name: str, family: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
