@@ -261,7 +261,7 @@ def test_table_of_live():
         "machine": machine, "rows": rows, "batch": 4, "classes": 10, "image_size": 32,
         "parameters": [1000, 2000], "macs": [10**6, 10**7]})
     are_tables(text, 1)
-    assert "|           4.0 |         8.0 |        12.0 |" in text
+    assert "|           4.0 |         8.0 |       12.0 |" in text
     assert "1,000 and 2,000 parameters, 1.0 and 10.0 million" in text
 
 
