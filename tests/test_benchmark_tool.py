@@ -11,6 +11,7 @@ from reference import (
     bench_input,
     bench_live,
     bench_report,
+    bench_resident,
     bench_step,
     bench_timing,
     original_input,
@@ -117,6 +118,28 @@ def test_a_race_is_by_turns():
     assert [len(values) for values in (*speeds.values(), *busy.values())] == [3] * 4
     row, _ = bench_timing.race_rows({"a": [2.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, ("b",))
     assert row["against"]["b"]["median"] == 2
+
+
+def test_resident_is_whole(tmp_path, capsys, monkeypatch):
+    load = bench_resident.load_config
+
+    def load_small(name):
+        config = load(name)
+        config.model.update({"embed_dims": (8,), "depths": (1,), "num_heads": (1,),
+                             "mlp_dims": (8,), "patch_size": 8})
+        return config
+
+    monkeypatch.setattr(bench_resident, "load_config", load_small)
+    monkeypatch.setattr(bench_resident, "_TURN", 0.01)
+    benchmark.main(["resident", "--images=50", "--batch=8", "--seconds=0", f"--out={tmp_path}"])
+    result = json.loads((tmp_path / "resident.json").read_text())
+    are_tables(capsys.readouterr().out, 2)
+    assert (result["batch"], result["side"], result["images"]) == (8, 32, 50)
+    for name, whats in (("views", (bench_resident.HOST, bench_resident.DEVICE)),
+                        ("training", (bench_resident.TRAINED, bench_resident.RESIDENT))):
+        assert tuple(row["what"] for row in result[name]) == whats
+        assert result[name][0]["against"][whats[0]]["median"] == 1
+        assert result[name][1]["against"][whats[0]]["median"] > 0
 
 
 @pytest.fixture

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import bench_end_to_end, bench_images, bench_input, bench_store, synthetic_teachers
+from reference import (
+    bench_end_to_end,
+    bench_images,
+    bench_input,
+    bench_resident,
+    bench_step,
+    bench_store,
+    synthetic_teachers,
+)
 from reference.bench_timing import race
 
 from tinyvit_jax.data.folder import FolderSource
@@ -97,6 +105,21 @@ def test_distillation_costs_little_more_than_labels(tmp_path):
         return 1 / cost, 1.0
 
     check(measure, 1 / 1.25, "of the speed with labels")
+
+
+def test_views_made_on_the_device():
+    """5 is the goal."""
+    case = bench_resident.make_case(bench_resident.Settings(images=2000))
+    views = bench_resident.make_views(case)
+    batch = case.config.train.batch_size
+
+    def measure() -> tuple[float, float]:
+        counted = {name: bench_step.count_steps(turn, batch, 0.1) for name, turn in views.items()}
+        busy = race(counted, 0, 5)[1]
+        return tuple(float(np.median(busy[name])) for name in (
+            bench_resident.DEVICE, bench_resident.HOST))
+
+    check(measure, 2.5, "images a CPU second")
 
 
 @pytest.fixture(scope="module")
