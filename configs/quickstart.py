@@ -6,7 +6,7 @@ Cost     about four minutes on two cores, 1 MB of store
 Result   top-1 over three seeds (README.md): teacher 87.9, distilled 82.9, labels only 81.9
 
 The student learns from a store of the teacher's answers; --config=configs/quickstart.py:live lets
-the teacher run beside it instead, softened, and mixes in the labels.
+the teacher run beside it instead, softened, and mixes in the labels (not run in full).
 """
 
 from tinyvit_jax import config as configs

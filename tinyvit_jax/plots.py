@@ -263,7 +263,7 @@ def plot_teachers(result: dict[str, Any], path: Path) -> None:
 
     alone = [row for row in result["rows"] if "entropy" not in row]
     taught = [row for row in result["rows"] if "entropy" in row]
-    colours: Any = matplotlib.color_sequences["tab10"]
+    colours = [pyplot.get_cmap("tab10")(i) for i in range(10)]
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 6), layout="constrained", sharey=True)
     figure.suptitle(f"one student of {result['student']['parameters']:,} parameters, "
                     f"{len(taught)} ways to teach it", fontsize=13)
