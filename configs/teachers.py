@@ -18,9 +18,11 @@ def get_config():
     c.augment.update({"spec": "small", "pad": 2, "rand_augment": "", "color_jitter": 0.0})
 
     # At 32 pixels the stages see maps of 8, 4, 2 and 1 tokens: each is one window.
-    c.model.update({"name": "tiny_vit", "image_size": 32, "depths": (1, 1, 1, 1),
-                    "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4),
-                    "window_sizes": (8, 4, 2, 1)})
+    shape = {"name": "tiny_vit", "image_size": 32, "depths": (1, 1, 1, 1),
+             "window_sizes": (8, 4, 2, 1)}
+    c.model.update({**shape, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4)})
+    # Of a plain run of this config; a comparison takes the shape from compare.teachers.
+    c.teacher.update({**shape, "embed_dims": (16, 32, 48, 64), "num_heads": (2, 4, 6, 8)})
     c.teacher.epochs = 8
     c.teacher.learning_rate = 3e-3
 
