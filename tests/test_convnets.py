@@ -135,11 +135,12 @@ def test_maps_types_and_heads(kind):
     assert features.shape == (2, model.embed_dims[-1])
 
 
-@pytest.mark.parametrize("kind", ["basic", "regnety", "convnextv2"])
+@pytest.mark.parametrize("kind", ["basic", "convnextv2"])
 def test_options_of_training(kind):
     """remat changes nothing, frozen statistics stay, drop path drops, bfloat16 is near."""
     images, variables = make_images(4, 32, 32), random_variables(make_small(kind))
 
+    @functools.cache
     def run(train=True, key=0, **changes):
         out, new = jax.jit(functools.partial(
             make_small(kind, **changes).apply, train=train, mutable=["batch_stats"]))(
@@ -160,7 +161,7 @@ def test_options_of_training(kind):
 
 
 def test_residual_branches_start_as_nothing():
-    for kind in ("basic", "bottleneck", "regnety"):
+    for kind in ("basic", "regnety"):
         start = jax.jit(make_small(kind).init)(jax.random.key(0), make_images(1, 32, 32))
         block = start["params"]["stages_0"]["blocks_0"]
         last = block["conv2" if kind == "basic" else "conv3"]
