@@ -89,7 +89,8 @@ def keep_freed_memory() -> None:
 
     XLA asks for the working memory of a program anew at every call, and the kernel clears each page
     of it again: a third of a training step on a CPU. So memory that was freed is kept and used
-    again, in pages of 2 MB, and what compiling leaves behind has an arena of its own. glibc is told
+    again, in pages of 2 MB, and all of it is in one arena: the others consist of heaps of 64 MB each,
+    which go back to the kernel when they are empty, whatever the settings say. glibc is told
     before a process begins; other C libraries, and for the pages one older than 2.35, pass over it.
 
     Only for a process that is a command, as the first thing: what it did before is done again.
@@ -104,7 +105,7 @@ def keep_freed_memory() -> None:
 
 
 _KEEPING_MEMORY = ("glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={1 << 46}",
-                   "glibc.malloc.hugetlb=1", "glibc.malloc.arena_max=2")
+                   "glibc.malloc.hugetlb=1", "glibc.malloc.arena_max=1")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
