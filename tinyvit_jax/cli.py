@@ -89,9 +89,9 @@ def keep_freed_memory() -> None:
 
     XLA asks for the working memory of a program anew at every call, and the kernel clears each page
     of it again: a third of a training step on a CPU. So memory that was freed is kept and used
-    again, in pages of 2 MB, and all of it is in one arena: the others consist of heaps of 64 MB each,
-    which go back to the kernel when they are empty, whatever the settings say. glibc is told
-    before a process begins; other C libraries, and for the pages one older than 2.35, pass over it.
+    again, in pages of 2 MB, and all of it is in one arena: the others consist of heaps of 64 MB,
+    which go back to the kernel when they are empty, whatever the settings say. glibc is told before
+    a process begins; other C libraries, and for the pages one older than 2.35, pass over it.
 
     Only for a process that is a command, as the first thing: what it did before is done again.
     """
