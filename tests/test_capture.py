@@ -187,7 +187,7 @@ def test_a_failing_teacher_leaves_no_claim(folder, tmp_path, monkeypatch):
         assert len(claimed(tmp_path)) == 1
         raise OSError("the teacher's file is gone")
 
-    with pytest.raises(OSError, match="is gone"):
+    with pytest.raises(teachers.TeacherError, match="is gone"):
         run_with(monkeypatch, make_config(folder), tmp_path, fail)
     assert claimed(tmp_path) == []
     assert len(list(tmp_path.rglob("*.array_record"))) == 1

@@ -206,13 +206,15 @@ def test_a_file_as_teacher(kind, tmp_path):
     path = tmp_path / "teacher.safetensors"
     files.write_state(path, weights.convert_to(model, variables))
     c = tiny.make_config(tmp_path).teacher
-    c.update({key: () for key in weights.list_shape_keys(c)})
+    c.update({key: type(c[key])() for key in weights.list_shape_keys(c)})
     c.update({"name": SHAPES[kind][0], "weights": str(path), "image_size": 32, "epochs": 0})
     pixels = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
-    teacher = teachers.make_teacher(c, tiny.CLASSES, 32, meshes.make_mesh())
+    mesh = meshes.make_mesh()
+    teacher = teachers.make_teacher(c, tiny.CLASSES, 32, mesh)
     expected = jax.nn.log_softmax(jax.jit(model.apply)(
         variables, mix.normalize(pixels, convnets.MEAN, convnets.STD)))
-    np.testing.assert_allclose(teacher.log_probs(pixels), expected, atol=1e-5)
+    views = meshes.put_batch({"image": pixels}, mesh)["image"]
+    np.testing.assert_allclose(teacher.log_probs(views), expected, atol=1e-5)
     c.name = "resnet18"
     with pytest.raises(teachers.TeacherError, match=r"embed_dims .*expected \(64, 128, 256, 512\)"):
         teachers.make_teacher(c, tiny.CLASSES, 32, meshes.make_mesh())
@@ -225,7 +227,7 @@ def test_a_student_takes_the_shape_of_a_file(tmp_path):
         path = tmp_path / f"{kind}.safetensors"
         files.write_state(path, weights.convert_to(model, random_variables(model)))
         c = tiny.make_config(tmp_path).model
-        c.update({key: () for key in weights.list_shape_keys(c)})
+        c.update({key: type(c[key])() for key in weights.list_shape_keys(c)})
         c.update({"name": "", "init_from": str(path), "image_size": 48})
         assert weights.make_model(c, 3) == model
         assert weights.make_model(weights.complete(c), 3) == model
