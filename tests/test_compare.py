@@ -86,6 +86,7 @@ def test_cases():
             configs.check(wrong)
 
 
+@pytest.mark.slow
 def test_a_chain_is_trained_once_each_from_its_own_teacher(folder, tmp_path, monkeypatch):
     """x2 learns the labels, x1 from x2, the student from x1; the second time nothing is trained."""
     c = make_config(folder, **{"compare.seeds": 2, "objective.temperature": 2.0})
@@ -168,6 +169,7 @@ def test_classes_of_the_evaluation_that_the_model_lacks():
     np.testing.assert_allclose(found["kl"], 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_a_picture(folder, tmp_path):
     def run(*flags, code=0):
         done = subprocess.run(

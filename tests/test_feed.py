@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tinyvit_jax import checkpoint, log, resident, train
+from tinyvit_jax import checkpoint, feed, log, resident, train
+from tinyvit_jax import config as configs
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,12 @@ def test_what_cannot_live_there_is_refused_before_anything_runs(folder, tmp_path
     with pytest.raises(resident.ResidentError, match=r"rand_augment=rand-m9.*erase=0\.25"):
         fit(c, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_grain_is_there_before_threads_compile(monkeypatch):
+    """Its import in one thread puts off those of all others, JAX's internal modules among them."""
+    order = []
+    monkeypatch.setattr(feed.pipeline, "import_grain", lambda: order.append("grain"))
+    monkeypatch.setattr(feed, "Streamed", lambda *_: order.append("threads compile"))
+    feed.open_feed(feed.Run(configs.default(), None, 1, 0, 2, None, None, ""), None, None, None)
+    assert order == ["grain", "threads compile"]

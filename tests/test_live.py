@@ -328,6 +328,7 @@ def test_a_run_that_does_not_fit_says_what_makes_its_teacher_smaller(folder, wor
         fit(make_config(folder, workdir), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_whole_run_trains_its_teacher_first(folder, tmp_path, capsys):
     c = tiny.make_config(folder)
     c.objective.update({"name": "live_teacher", "kind": "hard"})

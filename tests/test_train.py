@@ -344,6 +344,7 @@ print(jax.process_count(), len(jax.devices()), result["count"], result["loss"])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(folder, tmp_path):
     """Two real processes over loopback give what one process with two devices gives."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

@@ -59,6 +59,7 @@ def open_feed(run: Run, like: Any, step_fn: Any, teacher: Teacher | None) -> "St
         step_fn: from `train.make_train_step`.
         teacher: for the live_teacher objective.
     """
+    pipeline.import_grain()
     if run.config.data.resident:
         return Resident(run, like, step_fn)
     return Streamed(run, like, step_fn, teacher)

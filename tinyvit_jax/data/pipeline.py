@@ -163,6 +163,15 @@ class EvalBatches:
         return batch
 
 
+def import_grain() -> None:
+    """Imports grain, before threads compile.
+
+    Its import makes any other thread's, for a moment, put a module off until it is used, which
+    JAX's own do not survive; and a thread that traces a function imports some of these.
+    """
+    import grain  # noqa: F401
+
+
 def batch_stream(batches, start: int = 0, *, threads: int = 0, workers: int = 0,
                  prefetch: int = 2) -> Iterator[Batch]:
     """Iterates over batches from number `start`, prepared ahead by threads or processes.
