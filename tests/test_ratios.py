@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,47 +108,41 @@ def test_distillation_costs_little_more_than_labels(tmp_path):
     check(measure, 1 / 1.25, "of the speed with labels")
 
 
-def test_views_made_on_the_device():
-    """5 is the goal; programs compiled fast, as here, give 2.2 to 3.9, by CPU time."""
-    case = bench_resident.make_case(bench_resident.Settings(images=2000))
-    views = bench_resident.make_views(case)
-    batch = case.config.train.batch_size
+def probe(name: str) -> Any:
+    """What a function of this file prints in a process of its own, as JSON in its last line.
 
-    def measure() -> tuple[float, float]:
-        counted = {name: bench_step.count_steps(turn, batch, 0.1) for name, turn in views.items()}
-        busy = race(counted, 0, 5)[1]
-        return tuple(float(np.median(busy[name])) for name in (
-            bench_resident.DEVICE, bench_resident.HOST))
-
-    check(measure, 1.4, "images a CPU second")
-
-
-@pytest.fixture(scope="module")
-def step_ratios():
-    """fn() -> {"inference", "training"}: (ours, rival), measured in a process of its own.
-
-    Programs must be compiled as users have them, which conftest.py forbids in this one.
+    Programs must be compiled as users have them, which conftest.py forbids in this process.
     """
-    pytest.importorskip("torch")
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tools", ROOT / "tests")))
+    done = subprocess.run([sys.executable, "-c", f"import test_ratios; test_ratios.{name}()"],
+                          env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
-    def measure() -> dict[str, tuple[float, float]]:
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        paths = os.pathsep.join(map(str, (ROOT, ROOT / "tools", ROOT / "tests")))
-        code = "import test_ratios; test_ratios.probe_steps()"
-        done = subprocess.run([sys.executable, "-c", code], env=environment | {"PYTHONPATH": paths},
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
 
-    return measure
+def test_views_made_on_the_device():
+    """5 is the goal."""
+    check(lambda: tuple(probe("probe_views")), 5, "images a CPU second")
+
+
+def probe_views() -> None:
+    """Races the views of a small set, the device's against the host's; prints both medians."""
+    case = bench_resident.make_case(bench_resident.Settings(images=2000))
+    counted = {name: bench_step.count_steps(turn, case.config.train.batch_size, 0.1)
+               for name, turn in bench_resident.make_views(case).items()}
+    busy = race(counted, 0, 7)[1]
+    print(json.dumps([float(np.median(busy[name])) for name in (
+        bench_resident.DEVICE, bench_resident.HOST)]))
 
 
 @pytest.mark.torch
-def test_step(step_ratios):
-    found = step_ratios()
+def test_step():
+    pytest.importorskip("torch")
+    found = probe("probe_steps")
     for what, least in (("inference", 0.9), ("training", 0.8)):
         tries = iter([found[what]])
-        check(lambda what=what, tries=tries: next(tries, None) or step_ratios()[what], least,
+        check(lambda what=what, tries=tries: next(tries, None) or probe("probe_steps")[what], least,
               f"images a CPU second, {what}")
 
 
