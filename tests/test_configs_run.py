@@ -49,6 +49,7 @@ def test_one_update(name, stage, folder, tmp_path):
     assert result["steps"] == 1
     assert result["count"] == 1
     assert result["loss"] > 0
+    assert (tmp_path / "views.png").exists()
 
 
 def test_a_preset_for_one_card_changes_nothing_but_micro_batches():

@@ -127,7 +127,7 @@ def test_heads_that_are_new_or_not_wanted(caplog):
     with caplog.at_level("INFO", logger="tinyvit_jax"):
         loaded = convert.from_torch(state, model, "new")
     assert not loaded["params"]["head"]["kernel"].any()
-    assert "head.weight starts at zero" in caplog.text
+    assert "classifier of 3 classes starts at zero: the weights had none" in caplog.text
     whole = convert.to_torch(random_variables(model))
     trunk = convert.from_torch(whole, make_small(0))
     assert "head" not in trunk["params"]

@@ -44,7 +44,7 @@ def test_names_and_shapes_are_the_originals(reference, name):
     layout = "torch" if name == "vit_mini_patch4_32" else "timm"
     with torch.device("meta"):
         wanted = {k: tuple(v.shape) for k, v in reference.make(model).state_dict().items()}
-    found = {convert.torch_key(path, layout): convert._torch_shape(leaf.shape, path, layout)
+    found = {convert.torch_key(path, layout): convert._torch_shape(path, leaf.shape, layout)
              for path, leaf in tree.flatten(model.variable_shapes()).items()}
     assert found == wanted
 

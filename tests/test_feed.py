@@ -57,18 +57,15 @@ def test_it_learns_what_a_stream_of_batches_teaches(folder, unbroken, tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(folder, unbroken, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     save = checkpoint.Checkpoints.save
 
     def save_and_die(self, step, *args):
         save(self, step, *args)
         if step == 2:
-            raise Killed
+            raise tiny.Killed
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_die)
-    with pytest.raises(Killed):
+    with pytest.raises(tiny.Killed):
         fit(make_config(folder), tmp_path)
     monkeypatch.undo()
     fit(make_config(folder), tmp_path)

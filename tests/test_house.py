@@ -25,9 +25,9 @@ DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "models.vit_blocks", "models.grouped", "models.residual", "models.resnet",
           "models.regnet", "models.convnext"}
 WEIGHTS = {"convert", "convert.files", "convert.pickles", "convert.resize", "convert.shape",
-           "convert.tinyvit", "convert.clip", "convert.vit", "convert.tree", "checkpoint",
-           "convert.convnets", "convert.resnet", "convert.regnet", "convert.convnext", "heads",
-           "weights", "log"}
+           "convert.tinyvit", "convert.clip", "convert.vit", "convert.tree", "convert.fill",
+           "checkpoint", "convert.convnets", "convert.resnet", "convert.regnet", "convert.convnext",
+           "heads", "weights", "log"}
 MIDDLE = WEIGHTS | {"evaluate", "team", "teachers", "capture", "report", "measure", "plots",
                     "config", "matching", "forecast", "scores"}
 LOOP = {"feed", "live", "memory", "meter", "packing", "program", "resident", "resume"}
@@ -121,6 +121,7 @@ FLOORS = {
     "convert.regnet": (WEIGHTS, set()),
     "convert.convnext": (WEIGHTS, set()),
     "convert.tree": (set(), NUMPY),
+    "convert.fill": (WEIGHTS, NUMPY),
     "checkpoint": (set(), {"jax", "orbax"}),
     "heads": ({"log", "convert.files"}, NUMPY),
     "weights": (WEIGHTS | DEVICE, JAX | {"ml_collections"}),

@@ -211,23 +211,6 @@ def bright(images):
     return images.reshape(len(images), -1, 3).mean(1) / 10
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill_after(monkeypatch, batches):
-    """Makes the stream of training batches die, as the process would, after so many."""
-    whole = pipeline.batch_stream
-
-    def stream(source, start=0, **options):
-        for number, batch in enumerate(whole(source, start, **options)):
-            if isinstance(source, pipeline.TrainBatches) and number == batches:
-                raise Killed
-            yield batch
-
-    monkeypatch.setattr(pipeline, "batch_stream", stream)
-
-
 def test_a_run_with_accumulation_resumes_to_the_bit_and_keeps_its_teacher(
         folder, workdir, tmp_path, monkeypatch, caplog):
     c = make_config(folder, workdir, **{"train.accumulate": 2})
@@ -239,8 +222,8 @@ def test_a_run_with_accumulation_resumes_to_the_bit_and_keeps_its_teacher(
     assert "compiled again" not in caplog.text
     assert "compilations" not in unbroken
     with monkeypatch.context() as m:
-        kill_after(m, 3)
-        with pytest.raises(Killed):
+        tiny.kill_after(m, 3)
+        with pytest.raises(tiny.Killed):
             fit(c, tmp_path / "b")
     resumed = fit(c, tmp_path / "b")
     states = [checkpoint.load_variables(tmp_path / x / "checkpoints", 6)[0] for x in "ab"]

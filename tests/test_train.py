@@ -45,30 +45,13 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill_after(monkeypatch, batches):
-    """Makes the stream of training batches die, as the process would, after so many."""
-    whole = pipeline.batch_stream
-
-    def stream(source, start=0, **options):
-        for number, batch in enumerate(whole(source, start, **options)):
-            if isinstance(source, pipeline.TrainBatches) and number == batches:
-                raise Killed
-            yield batch
-
-    monkeypatch.setattr(pipeline, "batch_stream", stream)
-
-
 def test_resume_is_bit_exact_with_other_workers(folder, tmp_path, monkeypatch):
     c = make_config(folder, **{"optim.ema": 0.9, "train.accumulate": 2})
     data = train.open_data(c)
     unbroken = train.fit(c, tmp_path / "a", data)
     with monkeypatch.context() as m:
-        kill_after(m, 3)
-        with pytest.raises(Killed):
+        tiny.kill_after(m, 3)
+        with pytest.raises(tiny.Killed):
             train.fit(c, tmp_path / "b", data)
     assert not (tmp_path / "b" / "fit.json").exists()
     c.data.threads, c.data.workers = 1, 2
@@ -135,8 +118,8 @@ def test_fine_tuning_the_head_alone(folder, tmp_path, monkeypatch):
     weights.save_trained(weights.Trained(model, start, data.train.class_names, c.data.mean,
                                          c.data.std, "center", 1.0), c.model.init_from)
     with monkeypatch.context() as m:
-        kill_after(m, 4)
-        with pytest.raises(Killed):
+        tiny.kill_after(m, 4)
+        with pytest.raises(tiny.Killed):
             train.fit(c, tmp_path / "run", data)
     result = train.fit(c, tmp_path / "run", data)
     final = final_state(tmp_path / "run")

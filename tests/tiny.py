@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 from tinyvit_jax import config as configs
+from tinyvit_jax.data import pipeline
 
 CLASSES = ("blobs", "checks", "stripes")
 
@@ -55,6 +56,23 @@ def make_config(folder: Path, mixed: bool = True):
     c.optim.update({"learning_rate": 0.05, "warmup_epochs": 0.5})
     c.log_every = 2
     return c
+
+
+class Killed(BaseException):
+    """What a test raises where the process would die."""
+
+
+def kill_after(monkeypatch, batches):
+    """Makes the stream of training batches die, as the process would, after so many."""
+    whole = pipeline.batch_stream
+
+    def stream(source, start=0, **options):
+        for number, batch in enumerate(whole(source, start, **options)):
+            if isinstance(source, pipeline.TrainBatches) and number == batches:
+                raise Killed
+            yield batch
+
+    monkeypatch.setattr(pipeline, "batch_stream", stream)
 
 
 def get_config(folder: str):

@@ -69,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
         views = make_views(config, data)
         matching.check_store(store, config, data, views.spec, alone=jax.process_count() == 1)
         matching.check_replay(store, data, views.spec, config.store.replay)
-        draw_views(views, store, workdir / "views.png")
+    draw_views(make_views(config, data), store, workdir / "views.png")
     if config.objective.name == "live_teacher":
         teacher, result = provide_teacher(config, workdir, data)
     title = "student" if store or teacher else "train"
@@ -365,18 +365,21 @@ def _read_seconds(store: stores.Store) -> float:
         return 0.0
 
 
-def draw_views(views: pipeline.Views, store: stores.Store, path: Path, count: int = 12) -> None:
-    """Draws the first views of a store, once, with the teacher's top classes under their label."""
+def draw_views(views: pipeline.Views, store: stores.Store | None, path: Path, count: int = 12
+               ) -> None:
+    """Draws a run's first views, once, with their labels and the top classes of a store's teacher.
+    """
     if path.exists() or jax.process_index() > 0:
         return
-    count = min(count, views.order.views_per_pass // 2 * 2)
+    count = min(count, views.order.views_per_pass)  # even where views come in pairs
     shown = pipeline.Views(views.source, views.spec, views.order, store).read(np.arange(count))
     pixels = np.asarray(mix.view_pixels(shown))
     names = views.source.class_names
-    titles = [
-        "\n".join([f"label: {names[label]}"] + [
-            f"{p:5.1%}  {names[i]}" for i, p in list(zip(index, prob, strict=True))[:3]])
-        for label, index, prob in zip(shown["label"], shown["index"], shown["prob"], strict=True)]
+    titles = [f"label: {names[label]}" for label in shown["label"]]
+    if store is not None:
+        for view, (index, prob) in enumerate(zip(shown["index"], shown["prob"], strict=True)):
+            titles[view] += "".join(f"\n{p:5.1%}  {names[i]}"
+                                    for i, p in list(zip(index, prob, strict=True))[:3])
     plots.plot_views(pixels, titles, path)
 
 

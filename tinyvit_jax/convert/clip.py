@@ -8,11 +8,11 @@ import logging
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvit_jax.convert import tree
+from tinyvit_jax.convert import fill, tree
 from tinyvit_jax.convert.files import State, WeightsError, unwrap
 from tinyvit_jax.convert.resize import resize_positions
 
@@ -26,7 +26,6 @@ HEAD_WIDTH = 64  # channels of a head in every one of OpenAI's models; no key te
 _log = logging.getLogger(__name__)
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 _POSITIONS = ("params", "visual", "positional_embedding")
-_HEAD = ("head.weight", "head.bias")
 # The text tower and constants of a whole CLIP, which a classifier of images has no use for.
 _TEXT = ("transformer.", "token_embedding.", "ln_final.")
 _TEXT_KEYS = ("positional_embedding", "text_projection", "logit_scale", "input_resolution",
@@ -43,15 +42,6 @@ class Shape(NamedTuple):
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
     embed_dim: int
-
-
-class Model(Protocol):
-    """What conversion asks of a model; models.ClipViT is one."""
-
-    num_classes: int
-
-    def variable_shapes(self) -> dict:
-        """Variables with anything that has a shape for leaves."""
 
 
 def owns(state: Mapping[str, Any]) -> bool:
@@ -79,8 +69,8 @@ def to_torch(variables: Mapping[str, Any], layout: str = "microsoft") -> State:
             for path, value in tree.flatten(variables).items()}
 
 
-def from_torch(state: Mapping[str, Any], model: Model,
-               head: Literal["strict", "new"] = "strict") -> dict[str, Any]:
+def from_torch(state: Mapping[str, Any], model: fill.Model, head: fill.Head = "strict"
+               ) -> dict[str, Any]:
     """Makes a model's variables of PyTorch weights; each key is used, and used once.
 
     Understood are the original's teacher file and a whole CLIP of OpenAI's, whose text tower is
@@ -98,27 +88,9 @@ def from_torch(state: Mapping[str, Any], model: Model,
     Raises:
         WeightsError: any key unused or missing, or of another shape; the message lists all.
     """
-    if head not in ("strict", "new"):
-        raise ValueError(f"head={head!r} cannot work: expected strict or new")
-    left = _without(strip(state), () if model.num_classes else _HEAD)
-    _log_left_out([key for key in unwrap(state) if key.removeprefix("module.") not in left])
-    result: dict[tree.Path, np.ndarray] = {}
-    faults: list[str] = []
-    for path, leaf in tree.flatten(model.variable_shapes()).items():
-        key = torch_key(path)
-        found = np.asarray(left.pop(key)) if key in left else None
-        value = None if found is None else _fit(found, path, leaf.shape)
-        if value is None and head == "new" and key in _HEAD:
-            value = np.zeros(leaf.shape, np.float32)
-            _log.info("%s starts at zero: it has %s in the weights", key,
-                      "no counterpart" if found is None else f"the shape {found.shape}")
-        if value is None:
-            faults.append(tree.describe_fault(key, found, tree.torch_shape(leaf.shape, path)))
-        else:
-            result[path] = value
-    faults += [f"unused: {key} {np.shape(value)}" for key, value in left.items()]
-    _raise_faults(faults, model.num_classes)
-    return tree.nest(result, {"params": {}, "batch_stats": {}})
+    arrays = strip(state)
+    _log_left_out([key for key in unwrap(state) if key.removeprefix("module.") not in arrays])
+    return fill.fill(arrays, model, head, fill.Rules("the weights of CLIP", torch_key, _fit))
 
 
 def infer_shape(state: Mapping[str, Any], num_heads: int = 0) -> Shape:
@@ -229,17 +201,3 @@ def _log_left_out(keys: list[str]) -> None:
     if keys:
         parts = sorted({key.removeprefix("module.").split(".")[0] for key in keys})
         _log.info("left out %d arrays around the image tower (%s)", len(keys), ", ".join(parts))
-
-
-def _raise_faults(faults: list[str], num_classes: int) -> None:
-    """Raises WeightsError naming every key that does not fit."""
-    if not faults:
-        return
-    advice = ""
-    if any(key in fault for key in _HEAD for fault in faults):
-        advice = (f' For a classifier of {num_classes} classes that starts at zero give head="new"'
-                  ', for the embedding alone num_classes=0.')
-    raise WeightsError(
-        f"the weights of CLIP do not fit the model: {len(faults)} keys. Check that its width, "
-        f"depth and patch size are those the weights were trained with.{advice} "
-        + "; ".join(sorted(faults)))

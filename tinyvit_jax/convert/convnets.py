@@ -1,30 +1,20 @@
 """What the tables of convolutional networks share: keys stripped, arrays fitted, faults told."""
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvit_jax.convert import tree
+from tinyvit_jax.convert import fill, tree
 from tinyvit_jax.convert.files import State, WeightsError, unwrap
+from tinyvit_jax.convert.fill import Head, Model
 
 # ImageNet's, of pixels scaled to [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_RATIO = 224 / 256
 
-_log = logging.getLogger(__name__)
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-
-
-class Model(Protocol):
-    """What conversion asks of a model."""
-
-    num_classes: int
-
-    def variable_shapes(self) -> dict:
-        """Variables with anything that has a shape for leaves."""
 
 
 class Table(NamedTuple):
@@ -35,11 +25,6 @@ class Table(NamedTuple):
     key: Callable[[tree.Path], str]  # a variable's path -> its key
     # a key and the shape by PyTorch's habit -> the shape that this class has instead
     shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda key, shape: shape
-
-    def head(self) -> tuple[str, str]:
-        """The keys of the classifier."""
-        weight, bias = (self.key(("params", "head", leaf)) for leaf in ("kernel", "bias"))
-        return weight, bias
 
 
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +80,8 @@ def to_torch(variables: Mapping[str, Any], table: Table) -> State:
     return state
 
 
-def from_torch(state: Mapping[str, Any], model: Model, head: Literal["strict", "new"],
-               table: Table) -> dict[str, Any]:
+def from_torch(state: Mapping[str, Any], model: Model, head: Head, table: Table
+               ) -> dict[str, Any]:
     """Makes a model's variables of PyTorch weights; each key is used, and used once.
 
     Matrices may be kept as 1x1 convolutions. A model of no classes leaves a head out.
@@ -113,28 +98,18 @@ def from_torch(state: Mapping[str, Any], model: Model, head: Literal["strict", "
     Raises:
         WeightsError: any key unused or missing, or of another shape; the message lists all.
     """
-    if head not in ("strict", "new"):
-        raise ValueError(f"head={head!r} cannot work: expected strict or new")
-    left = strip(state)
-    if not model.num_classes:
-        left = {key: value for key, value in left.items() if key not in table.head()}
-    result: dict[tree.Path, np.ndarray] = {}
-    faults: list[str] = []
-    for path, leaf in tree.flatten(model.variable_shapes()).items():
-        key, shape = table.key(path), tree.torch_shape(leaf.shape, path)
-        found = np.asarray(left.pop(key)) if key in left else None
-        if found is not None and _long_axes(found.shape) == _long_axes(shape):
-            value = found.astype(np.float32, copy=False).reshape(shape)
-            result[path] = tree.transpose_to_ours(value, path)
-        elif head == "new" and path[1] == "head":
-            result[path] = np.zeros(leaf.shape, np.float32)
-            _log.info("%s starts at zero: it has %s in the weights", key,
-                      "no counterpart" if found is None else f"the shape {found.shape}")
-        else:
-            faults.append(tree.describe_fault(key, found, table.shape(key, shape)))
-    faults += [f"unused: {key} {np.shape(value)}" for key, value in left.items()]
-    _raise_faults(faults, table, model.num_classes)
-    return tree.nest(result, {"params": {}, "batch_stats": {}})
+
+    def fit(found: np.ndarray, path: tree.Path, shape: tuple[int, ...]) -> np.ndarray | None:
+        wanted = tree.torch_shape(shape, path)
+        if _long_axes(found.shape) != _long_axes(wanted):
+            return None
+        return tree.transpose_to_ours(found.astype(np.float32, copy=False).reshape(wanted), path)
+
+    def expected(path: tree.Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return table.shape(table.key(path), tree.torch_shape(shape, path))
+
+    title = f"the weights of a {table.family} (in the layout of {table.layout})"
+    return fill.fill(strip(state), model, head, fill.Rules(title, table.key, fit, expected))
 
 
 def count_blocks(keys: Iterable[str], pattern: str, first: int) -> tuple[int, ...]:
@@ -171,23 +146,9 @@ def find_shape(arrays: Mapping[str, Any], key: str, axes: int, family: str) -> t
 
 def count_classes(state: Mapping[str, Any], table: Table) -> int:
     """How many classes a state dict's classifier has; 0 where it has none."""
-    found = strip(state).get(table.head()[0])
+    found = strip(state).get(table.key(("params", "head", "kernel")))
     return 0 if found is None else len(found)
 
 
 def _long_axes(shape: tuple[int, ...]) -> list[int]:
     return [n for n in shape if n != 1]
-
-
-def _raise_faults(faults: list[str], table: Table, num_classes: int) -> None:
-    """Raises WeightsError naming every key that does not fit."""
-    if not faults:
-        return
-    advice = ""
-    if any(f"{key} " in fault for key in table.head() for fault in faults):
-        advice = (f' For a classifier of {num_classes} classes that starts at zero give head="new"'
-                  ', for the features alone num_classes=0.')
-    raise WeightsError(
-        f"the weights (in the layout of {table.layout}) do not fit the {table.family}: "
-        f"{len(faults)} keys. Check that the variant, its widths and depths are those the weights "
-        f"were trained with.{advice} " + "; ".join(sorted(faults)))

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tinyvit_jax.convert import convnets, tree
-from tinyvit_jax.convert.convnets import CROP_RATIO, MEAN, STD, Model, Table
+from tinyvit_jax.convert.convnets import CROP_RATIO, MEAN, STD, Table
 from tinyvit_jax.convert.files import State, WeightsError
+from tinyvit_jax.convert.fill import Head, Model
 
 __all__ = ["CROP_RATIO", "LAYOUTS", "MEAN", "STD", "Shape", "count_classes", "from_torch",
            "infer_shape", "owns", "to_torch"]
@@ -48,8 +49,8 @@ def to_torch(variables: Mapping[str, Any], layout: str = "timm") -> State:
     return convnets.to_torch(variables, _table(convnets.choose_layout(_FAMILY, layout, LAYOUTS)))
 
 
-def from_torch(state: Mapping[str, Any], model: Model,
-               head: Literal["strict", "new"] = "strict") -> dict[str, Any]:
+def from_torch(state: Mapping[str, Any], model: Model, head: Head = "strict"
+               ) -> dict[str, Any]:
     """Makes a model's variables of PyTorch weights; see `convnets.from_torch`."""
     return convnets.from_torch(state, model, head, _table(detect_layout(state)))
 

@@ -8,25 +8,22 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tinyvit_jax.convert import tree
+from tinyvit_jax.convert import fill, tree
 from tinyvit_jax.convert.files import State, WeightsError, unwrap
 from tinyvit_jax.convert.resize import resize_bias_table
 
 Layout = Literal["microsoft", "timm"]
 
 
-class Model(Protocol):
+class Model(fill.Model, Protocol):
     """What conversion asks of a model; models.TinyViT is one."""
 
-    num_classes: int
     window_sizes: tuple[int, ...]
-
-    def variable_shapes(self) -> dict:
-        """Variables with anything that has a shape for leaves."""
 
 
 # ImageNet's, of pixels scaled to [0, 1], as all classifiers of TinyViT were trained.
@@ -69,8 +66,8 @@ def to_torch(variables: Mapping[str, Any], layout: Layout = "microsoft") -> Stat
     return state
 
 
-def from_torch(state: Mapping[str, Any], model: Model,
-               head: Literal["strict", "new"] = "strict") -> dict[str, Any]:
+def from_torch(state: Mapping[str, Any], model: Model, head: fill.Head = "strict"
+               ) -> dict[str, Any]:
     """Makes a model's variables of PyTorch weights; each key is used, and used once.
 
     Understood are both layouts, {"model": ...} around the weights, "module." before every key, and
@@ -88,33 +85,23 @@ def from_torch(state: Mapping[str, Any], model: Model,
     Raises:
         WeightsError: any key unused or missing, or of another shape; the message lists all.
     """
-    if head not in ("strict", "new"):
-        raise ValueError(f"head={head!r} cannot work: expected strict or new")
-    left = strip(unwrap(state))
+    arrays = strip(unwrap(state))
     _log_around(unwrap(state))
-    layout = detect_layout(left)
-    result: dict[tree.Path, np.ndarray] = {}
-    faults, resized = [], []
-    old_head = {key: np.shape(left[key]) for key in _head_keys(layout) if key in left}
-    new_head = False
-    for path, leaf in tree.flatten(model.variable_shapes()).items():
-        key = torch_key(path, layout)
-        found = np.asarray(left.pop(key)) if key in left else None
-        value = None if found is None else _fit(found, path, leaf.shape)
-        if found is not None and value is not None and value.size != found.size:
-            resized.append(key)
-        if value is None and head == "new" and path[1] == "head":
-            value, new_head = np.zeros(leaf.shape, np.float32), True
-        if value is None:
-            faults.append(tree.describe_fault(key, found, tree.torch_shape(leaf.shape, path)))
-        else:
-            result[path] = value
-    if not model.num_classes:
-        left = {key: value for key, value in left.items() if key not in old_head}
-    faults += [f"unused: {key} {np.shape(value)}" for key, value in left.items()]
-    _raise_faults(faults, layout, model.num_classes)
-    _log_changes(model, len(resized), old_head, new_head)
-    return tree.nest(result, {})
+    layout = detect_layout(arrays)
+    resized = []
+
+    def fit(found: np.ndarray, path: tree.Path, shape: tuple[int, ...]) -> np.ndarray | None:
+        value = _fit(found, path, shape)
+        if value is not None and value.size != found.size:
+            resized.append(path)
+        return value
+
+    variables = fill.fill(arrays, model, head, fill.Rules(
+        f"the weights (in the layout of {layout})", partial(torch_key, layout=layout), fit))
+    if resized:
+        _log.info("resized %d tables of attention biases to windows of %s tokens (bicubic)",
+                  len(resized), ", ".join(map(str, model.window_sizes[1:])))
+    return variables
 
 
 def torch_key(path: tree.Path, layout: Layout) -> str:
@@ -200,34 +187,3 @@ def _fit(found: np.ndarray, path: tree.Path, shape: tuple[int, ...]) -> np.ndarr
         return None
     square = math.isqrt(found.shape[1]) ** 2 == found.shape[1]
     return resize_bias_table(found, math.isqrt(shape[1])) if square else None
-
-
-def _head_keys(layout: Layout) -> list[str]:
-    return [torch_key(("params", "head", leaf), layout) for leaf in ("kernel", "bias")]
-
-
-def _raise_faults(faults: list[str], layout: Layout, num_classes: int) -> None:
-    if not faults:
-        return
-    advice = ""
-    if any(key in fault for key in _head_keys(layout) for fault in faults):
-        advice = (f' For a classifier of {num_classes} classes that starts at zero give head="new"'
-                  ', for the features alone num_classes=0.')
-    raise WeightsError(
-        f"the weights (in the layout of {layout}) do not fit the model: {len(faults)} keys. Check "
-        f"that the variant, its widths and depths are those the weights were trained with.{advice}"
-        " " + "; ".join(sorted(faults)))
-
-
-def _log_changes(model: Model, resized: int, old_head: Mapping[str, tuple[int, ...]],
-                 new_head: bool) -> None:
-    if resized:
-        _log.info("resized %d tables of attention biases to windows of %s tokens (bicubic)",
-                  resized, ", ".join(map(str, model.window_sizes[1:])))
-    if new_head:
-        had = f"had {max(shape[0] for shape in old_head.values())}" if old_head else "had none"
-        _log.info("the classifier of %d classes starts at zero: the weights %s. To keep classes of "
-                  "the same name, name those of the weights: trained_names=, or "
-                  "--config.model.class_names=FILE", model.num_classes, had)
-    elif old_head and not model.num_classes:
-        _log.info("left out %s: the model has no classifier", " and ".join(old_head))

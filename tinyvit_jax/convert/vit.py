@@ -9,11 +9,12 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvit_jax.convert import tree
+from tinyvit_jax.convert import fill, tree
 from tinyvit_jax.convert.files import State, WeightsError, unwrap
 from tinyvit_jax.convert.resize import resize_positions
 
@@ -50,15 +51,6 @@ class Shape(NamedTuple):
     layer_scale: float
 
 
-class Model(Protocol):
-    """What conversion asks of a model; models.ViT is one."""
-
-    num_classes: int
-
-    def variable_shapes(self) -> dict:
-        """Variables with anything that has a shape for leaves."""
-
-
 def owns(state: Mapping[str, Any]) -> bool:
     """Whether a state dict holds a plain vision transformer, by its keys."""
     first = ("blocks.0.attn.qkv.weight", "transformer.layers.0.self_attn.in_proj_weight")
@@ -92,8 +84,8 @@ def to_torch(variables: Mapping[str, Any], layout: str = "") -> State:
     return state
 
 
-def from_torch(state: Mapping[str, Any], model: Model,
-               head: Literal["strict", "new"] = "strict") -> dict[str, Any]:
+def from_torch(state: Mapping[str, Any], model: fill.Model, head: fill.Head = "strict"
+               ) -> dict[str, Any]:
     """Makes a model's variables of PyTorch weights; each key is used, and used once.
 
     Understood are timm's, DeiT's, MAE's and DINOv2's files, and a module of torch's encoder layers,
@@ -115,35 +107,15 @@ def from_torch(state: Mapping[str, Any], model: Model,
         WeightsError: other tokens or another order of norms than the model's, or any key unused,
             missing or of another shape; the message lists all.
     """
-    if head not in ("strict", "new"):
-        raise ValueError(f"head={head!r} cannot work: expected strict or new")
     _log_left_out(state)
-    left = strip(state)
+    arrays = strip(state)
     shapes = tree.flatten(model.variable_shapes())
     layout = "torch" if _is_post(shapes) else "timm"
-    _check_layout(left, shapes, layout)
-    left = _check_pool(left, shapes, head == "new")
-    if not model.num_classes:
-        left = {key: value for key, value in left.items() if key.split(".")[0] not in _HEADS}
-    result: dict[tree.Path, np.ndarray] = {}
-    faults: list[str] = []
-    for path, leaf in shapes.items():
-        key = torch_key(path, layout)
-        found = np.asarray(left.pop(key)) if key in left else None
-        value = _start_norm(path, leaf.shape) if found is None and head == "new" else None
-        if found is not None:
-            value = _fit(found, path, leaf.shape, layout)
-        if value is None and head == "new" and path[1] in _HEADS:
-            value = np.zeros(leaf.shape, np.float32)
-            _log.info("%s starts at zero: it has %s in the weights", key,
-                      "no counterpart" if found is None else f"the shape {found.shape}")
-        if value is None:
-            faults.append(tree.describe_fault(key, found, _torch_shape(leaf.shape, path, layout)))
-        else:
-            result[path] = value
-    faults += [f"unused: {key} {np.shape(value)}" for key, value in left.items()]
-    _raise_faults(faults, model.num_classes)
-    return tree.nest(result, {"params": {}, "batch_stats": {}})
+    _check_layout(arrays, shapes, layout)
+    arrays = _check_pool(arrays, shapes, head == "new")
+    return fill.fill(arrays, model, head, fill.Rules(
+        "the weights of a ViT", partial(torch_key, layout=layout), partial(_fit, layout=layout),
+        partial(_torch_shape, layout=layout), ("head", "head_dist"), _start_norm))
 
 
 def infer_shape(state: Mapping[str, Any], num_heads: int = 0) -> Shape:
@@ -343,7 +315,7 @@ def _start_norm(path: tree.Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return np.full(shape, float(path[-1] == "scale"), np.float32)
 
 
-def _torch_shape(shape: tuple[int, ...], path: tree.Path, layout: str) -> tuple[int, ...]:
+def _torch_shape(path: tree.Path, shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """The shape that one of our variables has in PyTorch."""
     if layout == "torch" and path == _PATCHES:
         return shape[-1], math.prod(shape[:-1])
@@ -353,7 +325,7 @@ def _torch_shape(shape: tuple[int, ...], path: tree.Path, layout: str) -> tuple[
 def _fit(found: np.ndarray, path: tree.Path, shape: tuple[int, ...], layout: str
          ) -> np.ndarray | None:
     """A PyTorch array as the variable at `path`, or None where the shape does not allow it."""
-    if found.shape == _torch_shape(shape, path, layout):
+    if found.shape == _torch_shape(path, shape, layout):
         value = found.astype(np.float32, copy=False)
         if layout == "torch" and path == _PATCHES:
             return value.T.reshape(shape)
@@ -372,17 +344,3 @@ def _log_left_out(state: Mapping[str, Any]) -> None:
     if keys:
         parts = sorted({key.split(".")[0] for key in keys})
         _log.info("left out %d arrays of pretraining (%s)", len(keys), ", ".join(parts))
-
-
-def _raise_faults(faults: list[str], num_classes: int) -> None:
-    """Raises WeightsError naming every key that does not fit."""
-    if not faults:
-        return
-    advice = ""
-    if any(re.search(r": (head|classifier)(_dist)?\.", fault) for fault in faults):
-        advice = (f' For a classifier of {num_classes} classes that starts at zero give head="new"'
-                  ', for what it would read alone num_classes=0.')
-    raise WeightsError(
-        f"the weights of a ViT do not fit the model: {len(faults)} keys. Check that its width, "
-        f"depth and patch size are those the weights were trained with.{advice} "
-        + "; ".join(sorted(faults)))

@@ -174,7 +174,7 @@ class Stage(nn.Module):
         return x
 
 
-class ConvNeXtV2(nn.Module):
+class ConvNeXtV2(residual.Classifier):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
     There is no BatchNorm: variables hold an empty "batch_stats" beside "params", as every other
@@ -192,10 +192,6 @@ class ConvNeXtV2(nn.Module):
         remat: recompute the blocks' insides in the backward pass to save memory.
     """
 
-    num_classes: int
-    image_size: int
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
     patch_size: int = 4
     drop_path: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -212,44 +208,20 @@ class ConvNeXtV2(nn.Module):
         if self.num_classes:
             self.head = layers.Linear(self.num_classes)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Classifies images.
-
-        Args:
-            images: float [B, H, W, 3], normalised.
-            train: drop path (apply needs rngs={"drop_path": key} where the rate is above 0).
-
-        Returns:
-            float32 logits [B, num_classes], or pooled features [B, C] where num_classes is 0.
-
-        Raises:
-            ValueError: images too small for the last stage.
-        """
-        x = self.features(images, train)[-1]
-        x = self.norm_head(jnp.mean(x, (1, 2), dtype=jnp.float32))
-        return self.head(x) if self.num_classes else x
-
-    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """The stages' maps: [B, H/s, W/s, C] with s = 4, 8, 16, 32, rounded down at each step."""
+    def begin(self, images: jax.Array, train: bool) -> jax.Array:
+        """What the first stage reads; raises ValueError for images too small for the last."""
         check_size(min(images.shape[1:3]), self.patch_size, len(self.depths))
-        x = self.stem(images)
-        maps = []
-        for stage in self.stages:
-            x = stage(x, train)
-            maps.append(x)
-        return maps
+        return self.stem(images)
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """What the head reads."""
+        return self.norm_head(super().pool(x))
 
     @nn.nowrap
     def init(self, rngs: jax.Array, images: jax.Array,  # type: ignore[override]
              train: bool = False) -> dict:
         """Random variables: {"params", "batch_stats"}, the latter empty."""
         return {**super().init(rngs, images, train=train), "batch_stats": {}}
-
-    @nn.nowrap
-    def variable_shapes(self) -> dict:
-        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
-        images = jnp.zeros((1, self.image_size, self.image_size, 3))
-        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
 
 
 def check_size(pixels: int, patch_size: int, stages: int) -> None:

@@ -94,7 +94,7 @@ class Block(nn.Module):
         return nn.relu(x + layers.DropPath(self.drop_path)(y, train))
 
 
-class RegNetY(nn.Module):
+class RegNetY(residual.Classifier):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
     Attributes:
@@ -108,10 +108,6 @@ class RegNetY(nn.Module):
         freeze_norm: BatchNorm uses its stored statistics in training too.
     """
 
-    num_classes: int
-    image_size: int
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
     group_width: int
     drop_path: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -130,35 +126,6 @@ class RegNetY(nn.Module):
             for i, dim in enumerate(self.embed_dims)]
         if self.num_classes:
             self.head = layers.Linear(self.num_classes)
-
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Classifies images.
-
-        Args:
-            images: float [B, H, W, 3], normalised.
-            train: batch statistics in BatchNorm (apply needs mutable=["batch_stats"]) and drop
-                path (apply needs rngs={"drop_path": key} where the rate is above 0).
-
-        Returns:
-            float32 logits [B, num_classes], or pooled features [B, C] where num_classes is 0.
-        """
-        x = jnp.mean(self.features(images, train)[-1], (1, 2), dtype=jnp.float32)
-        return self.head(x) if self.num_classes else x
-
-    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """The stages' maps: [B, H/s, W/s, C] with s = 4, 8, 16, 32, rounded up."""
-        x = nn.relu(self.stem(images, train))
-        maps = []
-        for stage in self.stages:
-            x = stage(x, train)
-            maps.append(x)
-        return maps
-
-    @nn.nowrap
-    def variable_shapes(self) -> dict:
-        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
-        images = jnp.zeros((1, 32, 32, 3))  # no variable's shape depends on the images
-        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
 
 
 def make_regnety(name: str, variant: dict, settings: dict) -> RegNetY:

@@ -82,7 +82,7 @@ def pad_channels(x: jax.Array, features: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(side, side)])
 
 
-class ResNet(nn.Module):
+class ResNet(residual.Classifier):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
     Attributes:
@@ -100,10 +100,6 @@ class ResNet(nn.Module):
         freeze_norm: BatchNorm uses its stored statistics in training too.
     """
 
-    num_classes: int
-    image_size: int
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
     block: str
     stem_strides: tuple[int, int]
     drop_path: float = 0.0
@@ -127,39 +123,12 @@ class ResNet(nn.Module):
         if self.num_classes:
             self.head = layers.Linear(self.num_classes)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Classifies images.
-
-        Args:
-            images: float [B, H, W, 3], normalised.
-            train: batch statistics in BatchNorm (apply needs mutable=["batch_stats"]) and drop
-                path (apply needs rngs={"drop_path": key} where the rate is above 0).
-
-        Returns:
-            float32 logits [B, num_classes], or pooled features [B, C] where num_classes is 0.
-        """
-        x = jnp.mean(self.features(images, train)[-1], (1, 2), dtype=jnp.float32)
-        return self.head(x) if self.num_classes else x
-
-    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """The stages' maps: [B, H/s, W/s, C], rounded up, with s = 4, 8, 16, 32.
-
-        Where stem_strides is (1, 1), s is 1, 2, 4 and so on.
-        """
-        x = nn.relu(self.stem(images, train))
+    def begin(self, images: jax.Array, train: bool) -> jax.Array:
+        """What the first stage reads, a quarter of the images' side or, for small ones, all."""
+        x = super().begin(images, train)
         if self.stem_strides[1] == 2:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        maps = []
-        for stage in self.stages:
-            x = stage(x, train)
-            maps.append(x)
-        return maps
-
-    @nn.nowrap
-    def variable_shapes(self) -> dict:
-        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
-        images = jnp.zeros((1, 32, 32, 3))  # no variable's shape depends on the images
-        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
+        return x
 
 
 def make_resnet(name: str, variant: dict, settings: dict) -> ResNet:
