@@ -142,6 +142,13 @@ def test_resident_is_whole(tmp_path, capsys, monkeypatch):
         assert result[name][1]["against"][whats[0]]["median"] > 0
 
 
+def test_resident_wants_two_sides_that_do_the_same(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["resident", "--config=configs/cifar10.py:modern", f"--out={tmp_path}"])
+    assert ended.value.code
+    assert "augment.erase=0.25: set it to 0" in capsys.readouterr().err + str(ended.value.code)
+
+
 @pytest.fixture
 def shallow(monkeypatch):
     """Variants of one block a stage."""

@@ -57,6 +57,19 @@ def test_entries(folder, tmp_path):
     assert (large.name, large.image_size, large.embed_dims) == ("tiny_vit_21m_224", 0, ())
     own = compare.open_entry(c, data, "test_compare:bright")
     assert (own.name, own.weights, own.epochs) == ("test_compare:bright", "", 0)
+    wide = {"resnet50": {"block": "bottleneck", "embed_dims": (512, 1024, 2048, 4096)},
+            "regnety_002": {"group_width": 8, "embed_dims": (48, 112, 304, 736)},
+            "vit_mini_patch4_32": {"dropout": 0.1, "embed_dims": (256,),
+                                   "num_heads": (16,)}}
+    for name, shape in wide.items():
+        plain = {key: () for key in ("embed_dims", "depths", "num_heads", "window_sizes",
+                                     "stem_strides")}
+        student = make_config(folder, **{f"model.{k}": v for k, v in plain.items()} | {
+            "model.name": name, "model.image_size": 32, "compare.teachers": ("x2",)})
+        section = compare.open_entry(student, data, "x2")
+        student.teacher = section
+        model = train.make_student(recipe.teacher_config(student), data)
+        assert {key: getattr(model, key) for key in shape} == shape
     c.teacher.mean = c.teacher.std = (0.5,) * 3
     place = compare.open_entry(c, data, str(tmp_path))
     assert (place.name, place.weights, place.epochs, place.mean) == ("", str(tmp_path), 0, ())
@@ -65,9 +78,24 @@ def test_entries(folder, tmp_path):
     c.teacher.epochs = 0
     with pytest.raises(configs.ConfigError, match=r"teacher\.epochs=0 cannot work: x2 of"):
         compare.open_entry(c, data, "x2")
-    with pytest.raises(configs.ConfigError, match="test_compare:bright is trained already"):
-        compare.fit_chain(make_config(folder), tmp_path, data,
-                          compare.Case(("test_compare:bright",) * 2, 1.0))
+
+
+@pytest.mark.parametrize(("teachers", "message"), [
+    (("x1", "huge"), "'huge' is no teacher"), (("x1", "tests"), "model.json is missing"),
+    (("x1", "no_module:f"), "no_module:f: No module named"),
+    (("x1>test_compare:bright",), "test_compare:bright is trained already")])
+def test_every_teacher_is_opened_before_the_first_training(folder, tmp_path, teachers, message,
+                                                           monkeypatch):
+    monkeypatch.setattr(train, "fit", None)
+    c = make_config(folder, **{"compare.teachers": teachers, "model.name": ""})
+    model = train.make_student(make_config(folder), train.open_data(c))
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), model.variable_shapes())
+    weights.save_trained(weights.Trained(model, variables, tiny.CLASSES, (0.5,) * 3, (0.5,) * 3,
+                                         "center", 1.0), tmp_path / "start")
+    c.model.init_from = str(tmp_path / "start")
+    c.data.mean = c.data.std = ()  # as configs/finetune.py: all of it comes with the weights
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        compare.run(c, tmp_path)
 
 
 def test_cases():
@@ -94,7 +122,7 @@ def test_a_chain_is_trained_once_each_from_its_own_teacher(folder, tmp_path, mon
 
     def note(config, place, data, *args, title="", teacher=None, **options):
         live = config.objective.name == "live_teacher"
-        assert config.objective.temperature == 2.0
+        assert config.objective.temperature == (2.0 if live else 1.0)
         assert config.model.embed_dims == ((16, 16, 32, 32) if place.name == "x2" else (
             8, 8, 16, 16))
         assert config.teacher.epochs == 0 or not live
@@ -196,5 +224,6 @@ def test_the_command_writes_a_table_and_a_picture(folder, tmp_path):
 def test_a_student_config_is_the_recipes(folder):
     """What a comparison changes of a config leaves nothing that a supervised run would read."""
     c = make_config(folder)
-    assert recipe.twin_config(c).objective.name == "supervised"
+    c.objective.temperature = 4.0
+    assert recipe.twin_config(c).objective == configs.default().objective
     assert recipe.twin_config(c).teacher == configs.default().teacher

@@ -78,3 +78,18 @@ def test_what_cannot_work_is_named(key, value):
     c[section][name] = value
     with pytest.raises(configs.ConfigError, match=f"--config.{section}|train.batch_size"):
         configs.check(c)
+
+
+def test_settings_that_exclude_one_another():
+    c = configs.default()
+    c.objective.update({"name": "live_teacher", "kind": "hard"})
+    c.compare.temperatures = (1.0, 4.0)
+    with pytest.raises(configs.ConfigError, match=r"compare\.temperatures=\(1\.0, 4\.0\).*hard"):
+        configs.check(c)
+    c.compare.temperatures, c.objective.temperature = (), 2.0
+    with pytest.raises(configs.ConfigError, match=r"objective\.temperature=2\.0 cannot work.*hard"):
+        configs.check(c)
+    c.objective.update({"kind": "soft"})
+    c.data.resident = True
+    with pytest.raises(configs.ConfigError, match=r"data\.resident=True.*name=live_teacher: a"):
+        configs.check(c)

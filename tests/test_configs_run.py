@@ -10,10 +10,12 @@ from tinyvit_jax import config as configs
 from tinyvit_jax import recipe
 
 ROOT = Path(__file__).parents[1]
-# Every stage once, on the variant that has all of them; the other files by their default stage.
-RUNS = [("quickstart", None), ("quickstart", "live"), ("teachers", None),
-        ("5m", "22k_distill"), ("11m", "22k_distill"),
-        *(("21m", stage) for stage in ("22k_distill", "22kto1k", "1k", "384", "512"))]
+# Every stage once. Slow are those that differ from another by their sizes alone, which are replaced
+# here, and runs that train their teacher first, as those of test_recipe.py do.
+RUNS = [("5m", "22k_distill"), *(("21m", stage) for stage in ("22kto1k", "1k", "384")),
+        *(pytest.param(name, stage, marks=pytest.mark.slow) for name, stage in (
+            ("quickstart", None), ("quickstart", "live"), ("teachers", None),
+            ("11m", "22k_distill"), ("21m", "22k_distill"), ("21m", "512")))]
 
 
 def load(name):

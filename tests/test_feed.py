@@ -79,6 +79,8 @@ def test_what_cannot_live_there_is_refused_before_anything_runs(folder, tmp_path
     with pytest.raises(resident.ResidentError, match=r"rand_augment=rand-m9.*erase=0\.25"):
         fit(c, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+    c.update_from_flattened_dict({"augment.erase": 0.0, "augment.rand_augment": ""})
+    assert fit(c, tmp_path)["steps"]  # what the error advised, in the same workdir
 
 
 def test_grain_is_there_before_threads_compile(monkeypatch):

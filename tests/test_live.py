@@ -39,6 +39,8 @@ from tinyvit_jax.data import augment, pipeline
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+DISTILLED = {"name": "vit", "embed_dims": (16,), "depths": (1,), "num_heads": (2,), "patch_size": 8,
+             "token_layout": "distilled", "window_sizes": (), "stem_strides": (), "drop_path": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +258,18 @@ def test_a_run_with_accumulation_resumes_to_the_bit_and_keeps_its_teacher(
     assert fit(c, tmp_path / "a") == unbroken
 
 
+def test_functions_of_one_file_are_two_teachers():
+    """Their hash is that of the file."""
+    of_a, of_b, model = (teachers.Teacher(None, {"name": name, "weights": "0"}) for name in (
+        "own:a", "own:b", "runs/a"))
+    assert live.describe_teacher(of_a) != live.describe_teacher(of_b)
+    assert live.describe_teacher(model) == {"live_teacher": {"weights": "0"}}
+    both = teachers.Teacher(None, {"name": "mean", "members": [
+        teacher.description for teacher in (of_a, model)]})
+    assert live.describe_teacher(both)["live_teacher"]["members"] == [
+        {"name": "own:a", "weights": "0"}, {"weights": "0"}]
+
+
 class Judge:
     """Answers at once, in place of an evaluation that takes seconds to compile."""
 
@@ -330,31 +344,24 @@ def test_a_whole_run_trains_its_teacher_first(folder, tmp_path, capsys):
     assert recipe.run(c, tmp_path) == result  # nothing runs again
 
 
+def test_a_student_that_cannot_learn_is_told_before_its_teacher_is_trained(folder, tmp_path,
+                                                                           monkeypatch):
+    monkeypatch.setattr(train, "fit", None)
+    c = tiny.make_config(folder)
+    c.objective.update({"name": "live_teacher", "alpha": 1.0})
+    c.teacher.epochs = 1
+    c.model.update(DISTILLED)
+    with pytest.raises(ValueError, match=r"objective\.alpha=1\.0 cannot work.*such as 0\.5"):
+        recipe.run(c, tmp_path)
+
+
 def test_the_head_of_a_distillation_token_learns_from_the_teacher(folder, workdir):
     """An update through `make_train_step` moves each head by its own target alone."""
-    import flax.linen as nn
-
-    class Student(nn.Module):
-        num_classes: int = 3
-        image_size: int = 16
-        depths: tuple = (1,)
-        token_layout: str = "distilled"
-
-        def setup(self):
-            self.norm = nn.BatchNorm(use_running_average=False)
-            self.head, self.head_dist = nn.Dense(3), nn.Dense(3)
-
-        def answers(self, x, train=False):
-            x = self.norm(x.mean((1, 2)))
-            return self.head(x), self.head_dist(x)
-
-        def __call__(self, x, train=False):
-            own, taught = self.answers(x)
-            return (own + taught) / 2
-
-    c = make_config(folder, workdir, **{"objective.alpha": 0.5, "objective.temperature": 1.0})
+    c = make_config(folder, workdir, **{"objective.alpha": 0.5, "objective.temperature": 1.0,
+                                        "train.accumulate": 2, "model.remat": True})
+    c.model.update(DISTILLED)
     data = train.open_data(c)
-    batch, model, mesh = read_batch(c, data), Student(), meshes.make_mesh()
+    batch, model, mesh = read_batch(c, data), train.make_student(c, data), meshes.make_mesh()
     log_prob = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 8)).astype(np.float32)
 
     def update(batch):
@@ -395,13 +402,15 @@ def start(devices, *arguments):
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
 
 
-def test_devices_and_processes_agree(folder, workdir, tmp_path):
-    """One, two and four devices, and two processes of two: a model in parts, and a function."""
+@pytest.mark.parametrize("places", [("2x2",), pytest.param(("2", "4"), marks=pytest.mark.slow)])
+def test_devices_and_processes_agree(folder, workdir, tmp_path, places):
+    """One device, others, and two processes of two: a model in parts, and a function."""
     port = processes.free_port()
     running = {place: [start(devices, folder, workdir, tmp_path / place, p, i)
                        for i, p in enumerate(ports)]
                for place, devices, ports in (("1", 1, [0]), ("2", 2, [0]), ("4", 4, [0]),
-                                             ("2x2", 2, [port, port]))}
+                                             ("2x2", 2, [port, port]))
+               if place in ("1", *places)}
     losses = {}
     for place, started in running.items():
         said = [p.communicate(timeout=600) for p in started]
@@ -411,7 +420,7 @@ def test_devices_and_processes_agree(folder, workdir, tmp_path):
         assert len(lines) == 4
         losses[place] = np.array([[m[k] for k in ("loss", "kl", "teacher_entropy")]
                                   for m in lines])
-    for place in ("2", "4", "2x2"):
+    for place in places:
         np.testing.assert_allclose(losses[place][0], losses["1"][0], rtol=2e-5)
         np.testing.assert_allclose(losses[place], losses["1"], rtol=1e-3)
 

@@ -49,6 +49,11 @@ def test_what_does_not_fit_names_the_settings():
     for part in ("needs 42.0 GB", "has 16.0 GB", "train.accumulate=6 ", "model.remat=True",
                  "model.dtype=bfloat16", "train.batch_size=96"):  # 2 + 40 * 2 / 6 < 16
         assert part in str(error.value)
+    assert "resident" not in str(error.value)
+    config.data.resident = True
+    with pytest.raises(memory.OutOfMemory, match=r"helps: set --config\.data\.resident=False"):
+        memory.check_fits(config, needs, GB, 16 * GB)
+    config.data.resident = False
     config.model.remat, config.model.dtype = True, "bfloat16"
     with pytest.raises(memory.OutOfMemory) as error:
         memory.check_fits(config, needs, 15 * GB, 16 * GB)  # no micro-batch is small enough

@@ -71,6 +71,9 @@ def test_teachers_of_one_student(tmp_path):
     taught = [{**row, "teacher": f"x{n} $", "entropy_views": 1 / n, "agreement": 90.0 - n,
                "teacher_top1": 80.0 + n, "parameter_ratio": ratio, "entropy": 0.1}
               for n, ratio in ((1, 1.0), (2, 3.9), (4, 15.4), (5, None))]
+    mean = sum([0.1] * 3) / 3  # of three seeds that agree, and above each of them
+    assert mean > 0.1
+    taught.append({**taught[0], "student_top1": mean, "low": 0.1, "high": 0.1})
     result = {"rows": [{**row, "teacher": "labels only"}, *taught], "uniform_entropy": 2.3,
               "student": {"parameters": 1234}}
     for name, rows in (("all", result["rows"]), ("none", result["rows"][:1])):

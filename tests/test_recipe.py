@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import convert_checkpoint
 import jax
+import predict
 import pytest
 import tiny
 
-from tinyvit_jax import log, mix, weights
+from tinyvit_jax import config as configs
+from tinyvit_jax import log, mix, recipe, weights
 from tinyvit_jax.data import augment, ops
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +73,7 @@ def test_one_command_from_images_to_an_exported_student(finished):
     assert "student 8/8" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_three_times_gives_the_same_figures(folder, finished, tmp_path):
     """kill -9 while the teacher trains, while its logits are captured, while the student trains."""
     workdir, signs = tmp_path / "killed", ("teacher/metrics.jsonl", "store/pass-00000/*.json",
@@ -88,6 +92,22 @@ def test_killed_three_times_gives_the_same_figures(folder, finished, tmp_path):
     assert {k: results[0][k] for k in FIGURES} == {k: results[1][k] for k in FIGURES}
 
 
+def test_a_teachers_config_has_nothing_of_the_students():
+    """But the images, the views, and what saves memory."""
+    c = configs.default()
+    c.model.update({"trainable": "head", "init_from": "x", "class_names": "y", "dropout": 0.1,
+                    "drop_path": 0.2, "remat": True, "patch_size": 4, "freeze_norm": True,
+                    "dtype": "bfloat16", "group_width": 8})
+    c.optim.layer_decay, c.objective.temperature = 0.8, 3.0
+    c.teacher.update({"name": "resnet18", "learning_rate": 0.3, "block": "padded", "epochs": 2})
+    found, plain = recipe.teacher_config(c), configs.default()
+    configs.check(found)
+    assert found.model.to_dict() == {**plain.model.to_dict(), "name": "resnet18", "remat": True,
+                                     "block": "padded"}
+    assert (found.optim.layer_decay, found.optim.learning_rate) == (1.0, 0.3)
+    assert (found.objective.temperature, found.train.epochs) == (1.0, 2.0)
+
+
 def test_a_finished_run_is_not_run_again(folder, finished):
     workdir, _ = finished
     before = (workdir / "result.json").read_text()
@@ -96,8 +116,15 @@ def test_a_finished_run_is_not_run_again(folder, finished):
     assert json.loads((workdir / "result.json").read_text()) == json.loads(before)
 
 
-def test_evaluate_predict_convert_and_check(folder, finished, tmp_path):
+def test_evaluate_predict_convert_and_check(folder, finished, tmp_path, monkeypatch, capsys):
     workdir, _ = finished
+
+    def call(tool, *arguments):
+        monkeypatch.setattr(tool.log, "set_up_logging", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        tool.main()
+        return capsys.readouterr().out
+
     result = json.loads((workdir / "result.json").read_text())
     done = run(f"--config={CONFIG}:{folder}", f"--workdir={workdir}", "--mode=eval")
     scores = json.loads((workdir / "eval.json").read_text())
@@ -105,24 +132,24 @@ def test_evaluate_predict_convert_and_check(folder, finished, tmp_path):
     assert {k: scores[k] for k in ("top1", "top5", "loss")} == {
         k: result[k] for k in ("top1", "top5", "loss")}
     image = next((folder / "stripes").glob("*.jpg"))
-    ours = run(f"--weights={workdir}", image, tool="tools/predict.py")
+    ours = call(predict, f"--weights={workdir}", image)
     trained = weights.load_run(workdir)
     pixels = augment.eval_view(ops.decode(image.read_bytes(), "it"), 16, "center", 1.0)
     logits = trained.model.apply(trained.variables, mix.normalize(
         pixels[None], trained.mean, trained.std))
-    first = ours.stdout.splitlines()[1].split()
+    first = ours.splitlines()[1].split()
     assert first[1] == tiny.CLASSES[int(logits.argmax())]
     assert float(first[0].rstrip("%")) == pytest.approx(100 * float(jax.nn.softmax(logits).max()),
                                                         abs=0.02)
     timm = tmp_path / "timm.safetensors"
-    run(f"--from={workdir}", f"--to={timm}", "--layout=timm", tool="tools/convert_checkpoint.py")
+    call(convert_checkpoint, f"--from={workdir}", f"--to={timm}", "--layout=timm")
     again = tmp_path / "again"
     names = tmp_path / "names.txt"
     names.write_text("\n".join(tiny.CLASSES) + "\n")
-    run(f"--from={timm}", f"--to={again}", "--image_size=16", "--stem_strides", "2", "1",
-        f"--classes={names}", tool="tools/convert_checkpoint.py")
+    call(convert_checkpoint, f"--from={timm}", f"--to={again}", "--image_size=16",
+         "--stem_strides", "2", "1", f"--classes={names}")
     back = tmp_path / "back.safetensors"
-    run(f"--from={again}", f"--to={back}", tool="tools/convert_checkpoint.py")
+    call(convert_checkpoint, f"--from={again}", f"--to={back}")
     assert back.read_bytes() == (workdir / "student.safetensors").read_bytes()
     checked = run(f"--config={CONFIG}:{folder}", f"--workdir={workdir}",
                   tool="tools/check_store.py")

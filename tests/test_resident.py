@@ -13,6 +13,7 @@ from tinyvit_jax.data.order import Order
 from tinyvit_jax.data.source import Example
 
 SIZE = 16
+ROOM = 10**9  # bytes
 
 
 class ArraySource:
@@ -140,15 +141,17 @@ def test_what_only_the_host_can_do_is_named(changes, word):
     config, order = configs.default(), Order(0, 8, False)
     config.train.batch_size = 64
     with pytest.raises(resident.ResidentError, match=word):
-        resident.check(config, make_spec(**changes), order, None, 10)
-    resident.check(config, make_spec(), order, None, 10)
+        resident.check(config, make_spec(**changes), order, None, 10, ROOM)
+    resident.check(config, make_spec(), order, None, 10, ROOM)
+    with pytest.raises(resident.ResidentError, match=r"takes 0\.0 GB as pixels of .*are 0\.0 GB"):
+        resident.check(config, make_spec(), order, None, 10, resident.count_bytes(8, SIZE) - 1)
     with pytest.raises(resident.ResidentError, match="a store is read by the host"):
-        resident.check(config, make_spec(), order, object(), 10)
+        resident.check(config, make_spec(), order, object(), 10, ROOM)
     with pytest.raises(resident.ResidentError, match="views, expected fewer than 2,147,483,648"):
-        resident.check(config, make_spec(), order, None, 2**25)
+        resident.check(config, make_spec(), order, None, 2**25, ROOM)
     config.objective.name = "live_teacher"
     with pytest.raises(resident.ResidentError, match=r"objective\.name=live_teacher"):
-        resident.check(config, make_spec(), order, None, 10)
+        resident.check(config, make_spec(), order, None, 10, ROOM)
 
 
 def test_bytes():

@@ -21,10 +21,15 @@ def make_config(folder, **changes):
     return c
 
 
-def test_another_config_does_not_resume(tmp_path):
+@pytest.mark.parametrize("sign", ["metrics.jsonl", "checkpoints/2"])
+def test_another_config_does_not_resume(tmp_path, sign):
+    """But one that never came to an update leaves its workdir to what its error advised."""
     folder = tiny.make_folder(tmp_path / "images")
+    record(make_config(folder, **{"optim.learning_rate": 0.9}), tmp_path)
     c = make_config(folder)
     record(c, tmp_path)
+    (tmp_path / sign).parent.mkdir(exist_ok=True)
+    (tmp_path / sign).touch()
     moved = make_config(shutil.copytree(folder, tmp_path / "moved"), **{"data.threads": 7})
     record(moved, tmp_path)
     with pytest.raises(resume.ResumeError, match=r"optim\.learning_rate was 0\.05, now 0\.1"):
@@ -37,6 +42,7 @@ def test_another_config_does_not_resume(tmp_path):
 def test_a_run_whose_config_had_fewer_keys_resumes_as_it_was(tmp_path):
     c = make_config(tiny.make_folder(tmp_path / "images"), **{"augment.pixels": "exact"})
     record(c, tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())
     del fields["augment"]["pixels"], fields["objective"]["temperature"]

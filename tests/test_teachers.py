@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_clip
+import tiny_plain
 
 from tinyvit_jax import config as configs
 from tinyvit_jax import mesh as meshes
@@ -148,6 +149,32 @@ def test_a_teacher_without_all_classes(workdirs):
             make_teacher(config, ("blobs", "birds", "checks"))
 
 
+def test_weights_without_a_classifier(first, tmp_path):
+    model = first.model.copy(num_classes=0)
+    bare = first._replace(model=model, variables=tiny_clip.random_variables(model), class_names=())
+    weights.save_trained(bare, tmp_path / "bare")
+    weights.write_file(tmp_path / "bare.safetensors", bare)
+    for name in ("bare", "bare.safetensors"):
+        with pytest.raises(teachers.TeacherError, match=rf"{name} has no classifier.*finetune\.py"):
+            make_teacher(make_config(weights=str(tmp_path / name)))
+
+
+def test_weights_of_another_shape_than_the_section_names(tmp_path):
+    """All that weights cannot be used otherwise with counts; how positions were made does not."""
+    plain = tiny_plain.make_small("class")
+    weights.save_trained(weights.Trained(plain, tiny_clip.random_variables(plain), tiny.CLASSES,
+                                         MEAN, STD, "center", 1.0), tmp_path / "plain")
+    path = str(tmp_path / "plain")
+    same = {**tiny_plain.SHAPE, "name": "vit", "mlp_dims": (128,), "token_layout": "class"}
+    assert make_teacher(make_config(weights=path, **same, positions="sincos")).description
+    for key, value in (("token_layout", "distilled"), ("patch_size", 8), ("num_heads", (2,)),
+                       ("mlp_dims", (64,)), ("norm_order", "post"), ("stem_strides", (2, 2))):
+        with pytest.raises(teachers.TeacherError, match=rf"are not those of .*: {key} .*expected"):
+            make_teacher(make_config(weights=path, **{**same, key: value}))
+    with pytest.raises(teachers.TeacherError, match=r"expected \(192,\).*token"):
+        make_teacher(make_config(weights=path, name="deit_tiny_distilled_patch16_224"))
+
+
 def test_classes_that_names_cannot_tell_apart(first, tmp_path):
     names = ("blobs", "checks", "blobs")
     weights.save_trained(first._replace(class_names=names), tmp_path / "twice")
@@ -185,6 +212,10 @@ def test_a_function_is_softened(temperature):
     ({"name": "test_teachers:absent"}, teachers.TeacherError, "test_teachers:absent: .*PYTHONPATH"),
     ({"name": "no_such_module:f"}, teachers.TeacherError, "no_such_module"),
     ({"name": "tiny_vit"}, teachers.TeacherError, "tiny_vit has no weights"),
+    ({"name": "regnety_16O", "weights": "x.pth"}, teachers.TeacherError,
+     "teacher.name=regnety_16O is no model of ours"),
+    ({"name": "test_teachers:bright", "weights": "x.pth"}, teachers.TeacherError,
+     r"weights=x\.pth cannot work beside the function .*test_teachers:bright"),
     ({"name": "test_teachers:bright", "ensemble": ("no_such_module:f",)}, teachers.TeacherError,
      "no_such_module:f"),
     ({"name": "test_teachers:bright", "ensemble": ("test_teachers:not_finite",)},

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,6 +186,28 @@ def test_dropout_and_drop_path():
     np.testing.assert_allclose([block.drop_path for block in deep.blocks], [0, 0.1, 0.2, 0.3, 0.4])
 
 
+WEIGHTS, TOKENS, HIDDEN = (2, 4, 17, 17), (2, 17, 32), (2, 17, 128)  # of attention, the MLP
+
+
+@pytest.mark.parametrize(("kind", "sites"), [
+    ("class", [(0.2, TOKENS), (0.0, WEIGHTS), (0.2, TOKENS), (0.2, HIDDEN), (0.2, TOKENS)]),
+    ("post", [(0.2, WEIGHTS), (0.2, TOKENS), (0.2, HIDDEN), (0.2, TOKENS)])])
+def test_where_numbers_are_dropped(kind, sites):
+    """ViT's appendix B.1: the embedded tokens and dense layers; torch's layer: attention too."""
+    model, found = make_small(kind, depths=(1,), dropout=0.2), []
+
+    def note(next_, args, kwargs, context):
+        if isinstance(context.module, vit_blocks.tokens.Dropout):
+            found.append((context.module.rate, args[0].shape, (*args, *kwargs.values())[1]))
+        return next_(*args, **kwargs)
+
+    variables = random_variables(model)
+    with nn.intercept_methods(note):
+        jax.eval_shape(functools.partial(model.apply, train=True), variables,
+                       make_images(2, 16, 16), rngs={"drop_path": jax.random.key(0)})
+    assert found == [(*site, True) for site in sites]
+
+
 def test_two_heads_answer():
     model, images = make_small("distilled"), make_images(2, 16, 16)
     variables = small_variables("distilled")
@@ -329,4 +352,4 @@ def test_names():
     assert models.family_of("deit_tiny_patch16_224") == models.family_of(make_small()) == "vit"
     for name, variant in vit.VARIANTS.items():
         if name != "vit":
-            assert models.find_image_size(create_model(name)) == variant["image_size"]
+            assert create_model(name).image_size == variant["image_size"]

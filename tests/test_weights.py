@@ -161,8 +161,7 @@ def test_another_size_keeps_the_windows_share(trained, tmp_path):
 @pytest.mark.parametrize(("name", "size"), [("tiny_vit_5m_224", 224), ("tiny_vit_21m_384", 384),
                                             ("tiny_vit_21m_512", 512),
                                             ("tiny_vit_5m_32", 32), ("tiny_vit_5m_96", 96),
-                                            ("tiny_vit_1m_32", 32),
-                                            ("clip_vit_large14_224", 224)])
+                                            ("tiny_vit_1m_32", 32)])
 def test_a_variants_size_is_known_by_its_shape(name, size):
     model = weights.models.create_model(name, 7)
     assert weights.models.find_image_size(model) == size

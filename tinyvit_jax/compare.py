@@ -60,7 +60,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         {"rows": a dict for each case (see `_make_row`), "classes", "uniform_entropy", "student":
         its parameters and macs, "images": how many were measured}.
     """
+    config = recipe.complete(config)
+    config.data.resident = False  # a live teacher's views come from the host, so all do
     data, mesh = train.open_data(config), meshes.make_mesh()
+    check_chains(config, data, mesh)
     rows: list[dict[str, Any]] = []
     for case in list_cases(config):
         taught = fit_chain(config, workdir, data, case) if case.chain else None
@@ -74,20 +77,33 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                         "macs": cost.count_macs(student)}}
 
 
+def check_chains(config: ml_collections.ConfigDict, data: train.Data, mesh: Mesh) -> None:
+    """Opens every teacher that is compared, before hours of training come to one that fails."""
+    for chain in dict.fromkeys(case.chain for case in list_cases(config)):
+        sections = [open_entry(config, data, entry) for entry in chain]
+        for number, section in enumerate(sections):
+            c = ml_collections.ConfigDict(config.to_dict())
+            c.teacher = section
+            if section.epochs:
+                train.make_student(recipe.teacher_config(c), data)
+            elif number:
+                raise configs.ConfigError(
+                    f"--config.compare.teachers={'>'.join(chain)} cannot work: {chain[number]} is "
+                    f"trained already, so nobody can teach it. Only the first of a chain may be.")
+            else:
+                _make_teacher(c, data, mesh)
+
+
 def fit_chain(config: ml_collections.ConfigDict, workdir: Path, data: train.Data, case: Case
               ) -> ml_collections.ConfigDict:
     """The `teacher` section of the last of a case's chain, all of which is trained first.
 
-    The first learns the labels by the teacher's recipe. An assistant learns as long, from the one
-    before it, as the student will: with the same objective at the same temperature.
+    The first learns the labels by the teacher's recipe; an assistant learns from the one before it,
+    as long as that recipe says, by the student's objective at the same temperature.
     """
     section: ml_collections.ConfigDict | None = None
     for number, entry in enumerate(case.chain):
         own = open_entry(config, data, entry)
-        if section is not None and not own.epochs:
-            raise configs.ConfigError(
-                f"--config.compare.teachers={'>'.join(case.chain)} cannot work: {entry} is trained "
-                f"already, so nobody can teach it. Only the first of a chain may be.")
         if own.epochs:
             place = workdir / "teachers" / (name_folder(case.chain[:number + 1]) + (
                 f"-t{case.temperature:g}" if number else ""))
@@ -161,13 +177,16 @@ def _no_shape(section: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _scale_student(student: Any, factor: float, section: ml_collections.ConfigDict
                    ) -> dict[str, Any]:
-    """The keys of a section for the student's model with so many times its width and heads."""
+    """The keys of a section for the student's model with so many times its width and heads.
+
+    Those of a shape that no section has by itself, such as a ResNet's kind of block, come with it.
+    """
     shape = models.describe_shape(student)
+    del shape["num_classes"]
     shape |= {key: tuple(max(1, round(n * factor)) for n in shape[key])
-              for key in ("embed_dims", "num_heads") if key in shape}
-    own = _no_shape(section)
-    return own | {k: v for k, v in shape.items() if k in own} | {
-        "name": models.family_of(student)}
+              for key in ("embed_dims", "num_heads", "mlp_dims") if key in shape}
+    options = {"dropout": student.dropout} if hasattr(student, "dropout") else {}
+    return _no_shape(section) | shape | options | {"name": models.family_of(student)}
 
 
 def fit_student(config: ml_collections.ConfigDict, workdir: Path, data: train.Data, case: Case,

@@ -207,8 +207,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("objective.kind", c.objective.kind, KINDS)
     need(0 <= c.objective.alpha <= 1, "objective.alpha", c.objective.alpha, "a weight in [0, 1]")
     if c.objective.name == "live_teacher" and c.objective.kind == "hard":
-        need(c.objective.temperature == 1, "objective.temperature", c.objective.temperature,
-             "1.0 where --config.objective.kind=hard: a top class has no temperature")
+        only = "1.0 where --config.objective.kind=hard: a top class has no temperature"
+        need(c.objective.temperature == 1, "objective.temperature", c.objective.temperature, only)
+        need(set(c.compare.temperatures) <= {1}, "compare.temperatures", c.compare.temperatures,
+             only)
+    need(not c.data.resident or c.objective.name == "supervised", "data.resident", True,
+         f"False where --config.objective.name={c.objective.name}: a store is read by the host, "
+         f"and a live teacher is a program of its own")
     one_of("augment.spec", c.augment.spec, AUGMENTS)
     one_of("eval.crop", c.eval.crop, EVAL_CROPS)
     one_of("augment.pixels", c.augment.pixels, ("exact", "fast"))

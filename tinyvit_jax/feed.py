@@ -121,7 +121,8 @@ class Resident:
 
     def __init__(self, run: Run, like: Any, step_fn: Any):
         self.run, views = run, run.views
-        order = resident.check(run.config, views.spec, views.order, views.store, run.steps)
+        order = resident.check(run.config, views.spec, views.order, views.store, run.steps,
+                               memory.find_room())
         batch_of = resident.make_batches(views.spec, order, run.config.train.batch_size, run.mesh)
         whole, size = meshes.replicated(run.mesh), views.spec.image_size
         shapes = describe_arrays(

@@ -85,14 +85,15 @@ def describe_teacher(teacher: Teacher | None) -> dict[str, Any]:
     """What a resumed run must agree on besides its config: whose answers it learns, not its name.
 
     Returns:
-        {"live_teacher": hash of its weights, size, normalisation and type}; {} without a teacher.
+        {"live_teacher": hash of its weights, size, normalisation and type}, of a user's function
+        the name too, as the hash is that of its whole file; {} without a teacher.
     """
     return {"live_teacher": _drop_names(teacher.description)} if teacher else {}
 
 
 def _drop_names(description: dict[str, Any]) -> dict[str, Any]:
-    """A teacher's description without its name, nor those of the teachers that it averages."""
-    own = {k: v for k, v in description.items() if k != "name"}
+    """A description without the names of models, its own and those that it averages."""
+    own = {k: v for k, v in description.items() if k != "name" or ":" in v}
     return own | ({"members": [_drop_names(m) for m in own["members"]]} if "members" in own else {})
 
 

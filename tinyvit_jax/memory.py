@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -47,6 +48,12 @@ def find_limit() -> int | None:
     """The bytes that a program may use on each device, as far as the device tells."""
     found = [(d.memory_stats() or {}).get("bytes_limit") for d in jax.local_devices()]
     return min((limit for limit in found if limit), default=None)
+
+
+def find_room() -> int:
+    """The bytes for what both the host and every device hold: the memory of the one with less."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(host, find_limit() or host)
 
 
 def describe(memory: Memory, ahead: int, limit: int | None) -> str:
@@ -99,6 +106,8 @@ def _advise(config: ml_collections.ConfigDict, accumulate: int | None = None) ->
     parts = f"set --config.train.accumulate={accumulate}" if accumulate else (
         f"raise --config.train.accumulate above {t.accumulate}")
     ways = [f"{parts} (micro-batches of fewer than {views} views on each device)"]
+    if config.data.resident:
+        ways.insert(0, "set --config.data.resident=False (the images then stay with the host)")
     if not m.remat:
         ways.append("set --config.model.remat=True (recomputes activations: a third more work)")
     if m.dtype != "bfloat16":

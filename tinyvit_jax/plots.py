@@ -78,7 +78,7 @@ def plot_views(pixels: np.ndarray, titles: list[str], path: Path) -> None:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, pixels, titles, strict=False):
         axis.imshow(np.clip(np.round(image), 0, 255).astype(np.uint8), interpolation="nearest")
-        axis.set_title(title, fontsize=8, loc="left")
+        axis.set_title(title.replace("$", r"\$"), fontsize=8, loc="left")
     _save(figure, path)
 
 
@@ -99,7 +99,7 @@ def plot_report(report: dict[str, Any], confusion: tuple[np.ndarray, np.ndarray,
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 5.8), layout="constrained",
                                    width_ratios=(1.25, 1, 1.1))
     figure.suptitle(
-        f"{report['source']} ({report['split']}): {report['count']:,} images, "
+        f"{_shorten(report['source'], 80)} ({report['split']}): {report['count']:,} images, "
         f"top-1 {report['top1']:.2f} %, top-5 {report['top5']:.2f} %", fontsize=13)
     if len(report["per_class"]) <= _WHOLE:
         _draw_confusion(axes[0], report, confusion)
@@ -280,7 +280,9 @@ def plot_teachers(result: dict[str, Any], path: Path) -> None:
             x = row[key]
             if key == "parameter_ratio":  # those of one size side by side
                 x *= 1.04 ** sum(other[key] == x for i, other in rows if i < number)
-            axis.errorbar(x, top1, [[top1 - row["low"]], [row["high"] - top1]], fmt="o",
+            # The mean of equal numbers may lie beside them.
+            spread = [[max(0.0, top1 - row["low"])], [max(0.0, row["high"] - top1)]]
+            axis.errorbar(x, top1, spread, fmt="o",
                           color=colour, markersize=7, capsize=3,
                           label=f"{_shorten(row['teacher'], 26)}, T = {row['temperature']:g}: "
                                 f"{top1:.2f}")

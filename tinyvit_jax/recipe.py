@@ -51,10 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
     """
     if config.export_torch:
         files.check_writable(workdir / config.export_torch)  # now, not after hours of training
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.model = weights.complete(config.model)
-    if not config.data.mean:
-        config.data.mean, config.data.std = weights.find_normalisation(config.model.init_from)
+    config = complete(config)
     data = open_prepared_data(config, workdir, flags)
     store: stores.Store | None = None
     teacher: teachers.Teacher | None = None
@@ -71,6 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
         matching.check_replay(store, data, views.spec, config.store.replay)
     draw_views(make_views(config, data), store, workdir / "views.png")
     if config.objective.name == "live_teacher":
+        train.make_objective(config, train.make_student(config, data))  # now, not after the teacher
         teacher, result = provide_teacher(config, workdir, data)
     title = "student" if store or teacher else "train"
     student = train.fit(config, workdir, data, store, title, teacher)
@@ -95,19 +93,28 @@ def run(config: ml_collections.ConfigDict, workdir: Path, flags: str = "--config
     return result
 
 
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A config whose model and normalisation are filled in, where the weights tell them."""
+    c = ml_collections.ConfigDict(config.to_dict())
+    c.model = weights.complete(c.model)
+    if not c.data.mean:
+        c.data.mean, c.data.std = weights.find_normalisation(c.model.init_from)
+    return c
+
+
 def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of a supervised run of the teacher, on the same images and views."""
     c = ml_collections.ConfigDict(config.to_dict())
     c.objective.name, c.objective.smoothing = "supervised", config.teacher.smoothing
-    shape = config.teacher.to_dict()
-    for key in set(shape) & set(c.model):
-        c.model[key] = shape[key]
-    c.model.update({"drop_path": 0.0, "init_from": "", "freeze_norm": False})
+    c.model = configs.default().model  # nothing of the student's but what saves memory
+    c.model.remat = config.model.remat
+    own = set(c.model) | set(weights.list_shape_keys(config.teacher))
+    c.model.update({key: value for key, value in config.teacher.to_dict().items() if key in own})
     if config.teacher.mean:
         c.data.mean, c.data.std = config.teacher.mean, config.teacher.std
     c.train.epochs = float(config.teacher.epochs)
     c.optim.learning_rate = config.teacher.learning_rate
-    c.optim.scale_by_batch = False
+    c.optim.scale_by_batch, c.optim.layer_decay = False, 1.0
     return _without_store(c)
 
 
@@ -122,7 +129,8 @@ def _without_store(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Resets what a supervised part of a run does not read, so that a change of it is no matter."""
     plain = configs.default()
     c.store, c.teacher = plain.store, plain.teacher
-    c.objective.alpha, c.objective.kind = plain.objective.alpha, plain.objective.kind
+    for key in ("alpha", "kind", "temperature"):
+        c.objective[key] = plain.objective[key]
     c.label_only_twin, c.export_torch = plain.label_only_twin, plain.export_torch
     return c
 

@@ -36,9 +36,17 @@ class ResidentError(ValueError):
     """A run whose views cannot be made on the devices; the message says which setting it is."""
 
 
-def check(config: ml_collections.ConfigDict, spec: Spec, order: AnyOrder, store: Any, steps: int
-          ) -> Order:
+def check(config: ml_collections.ConfigDict, spec: Spec, order: AnyOrder, store: Any, steps: int,
+          limit: int) -> Order:
     """Raises ResidentError where views or targets hang on what only the host can do.
+
+    Args:
+        config: of the run.
+        spec: of its views.
+        order: of its views.
+        store: of a teacher's targets, or None.
+        steps: of the run.
+        limit: bytes of memory that a device and the host have, from `memory.find_room`.
 
     Returns:
         The order, which is a formula.
@@ -54,6 +62,10 @@ def check(config: ml_collections.ConfigDict, spec: Spec, order: AnyOrder, store:
     if store is not None or not isinstance(order, Order) or objective != "supervised":
         reasons.append(f"objective.name={objective}: a store is read by the host, and a live "
                        f"teacher is a program of its own; labels alone are there")
+    size = count_bytes(order.num_images, spec.image_size) if isinstance(order, Order) else 0
+    if size > limit:
+        reasons.append(f"the set takes {size / 1e9:.1f} GB as pixels of {spec.image_size} x "
+                       f"{spec.image_size}, and there are {limit / 1e9:.1f} GB")
     if steps * batch_size >= 2**31:
         reasons.append(f"{steps * batch_size:,} views, expected fewer than {2**31:,}")
     if reasons:

@@ -36,6 +36,9 @@ def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict
                   others: dict[str, Any] | None = None) -> None:
     """Writes config.json, or checks that the workdir's own says the same.
 
+    A run that never came to a line of metrics or a checkpoint binds nobody: what kept it from
+    beginning may have been a setting.
+
     Args:
         config: of the run.
         workdir: where it lives.
@@ -48,7 +51,8 @@ def record_config(config: ml_collections.ConfigDict, workdir: Path, images: dict
     path = workdir / "config.json"
     own = json.loads(config.to_json_best_effort())
     own |= {"images": images, **(others or {})}
-    before, now = _BEFORE | _flat(log.read_json(path) or own), _flat(own)
+    begun = (workdir / "metrics.jsonl").exists() or any(workdir.glob("checkpoints/*"))
+    before, now = _BEFORE | _flat((log.read_json(path) if begun else None) or own), _flat(own)
     changed = [k for k in sorted(before.keys() | now.keys())
                if before.get(k) != now.get(k)
                and not any(k == f or k.startswith(f + ".") for f in _FREE)]

@@ -117,6 +117,10 @@ def _make_member(section: ml_collections.ConfigDict, class_names: tuple[str, ...
                  mesh: Mesh, temperature: float) -> Teacher:
     """One teacher of a section without an ensemble."""
     if ":" in section.name:
+        if section.weights:
+            raise TeacherError(
+                f"--config.teacher.weights={section.weights} cannot work beside the function "
+                f"--config.teacher.name={section.name}, which brings its own. Leave one empty.")
         return _function_teacher(section, len(class_names), view_size, mesh, temperature)
     return _model_teacher(section, class_names, view_size, mesh, temperature)
 
@@ -176,6 +180,11 @@ def _by_parts(judge: Callable[[jax.Array], jax.Array], pixels: jax.Array, most: 
 
 def _open(section: ml_collections.ConfigDict) -> weights.Trained:
     """The model and weights that a section names."""
+    if section.name and section.name not in models.VARIANTS:
+        raise TeacherError(
+            f"--config.teacher.name={section.name} is no model of ours. Leave it empty, as weights "
+            f"bring their own shape, or write one of {', '.join(models.VARIANTS)}, or "
+            f"module:function for a function of your own.")
     if not section.weights:
         raise TeacherError(
             f"The teacher {section.name or '(none named)'} has no weights. Set "
@@ -189,18 +198,34 @@ def _open(section: ml_collections.ConfigDict) -> weights.Trained:
 
 def _check_model(section: ml_collections.ConfigDict, model) -> None:
     """Raises TeacherError where the weights are of another model than the section describes."""
-    variant = models.VARIANTS.get(section.name, {})
-    wanted = {key: tuple(section[key]) or variant.get(key, ()) for key in ("embed_dims", "depths")}
-    found = {key: getattr(model, key) for key in wanted}
-    if variant:
-        wanted["family"], found["family"] = map(models.family_of, (section.name, model))
-    faults = [f"{key} {found[key]}, expected {wanted[key]}" for key in wanted
-              if wanted[key] and found[key] != wanted[key]]
+    found = {"family": models.family_of(model), **models.describe_shape(model)}
+    wanted = {key: section[key] for key in weights.list_shape_keys(section) if section[key]}
+    if section.name:
+        family = models.family_of(section.name)
+        named = models.VARIANTS[section.name] if section.name not in models.FAMILIES else {}
+        own = {key: named[key] for key in models.FAMILIES[family].shape if named.get(key)}
+        wanted = {"family": family, **own, **wanted}
+    faults = [f"{key} {found.get(key, 'is none of its settings')}, expected {wanted[key]}"
+              for key in wanted
+              if key not in _FITTED and not _agree(key, found.get(key), wanted[key], model)]
     if faults:
         raise TeacherError(
             f"The weights {section.weights} are not those of --config.teacher.name={section.name}: "
             f"{'; '.join(faults)}. Give the weights of that model, or leave the name and the keys "
             f"of its shape empty: weights bring their own.")
+
+
+# Of a model's shape, what weights may be used with in more than one way.
+_FITTED = ("window_sizes", "positions", "layer_scale")
+
+
+def _agree(key: str, found: Any, wanted: Any, model: Any) -> bool:
+    """Whether weights have a part of the shape that is asked for."""
+    if key == "num_heads" and models.family_of(model) == "tiny_vit":
+        return tuple(found[1:]) == tuple(wanted[1:])  # the first stage has no attention
+    if key == "mlp_dims" and not found:  # four times the width
+        return tuple(wanted) == (4 * model.embed_dims[0],)
+    return found == wanted
 
 
 def _match_classes(path: str, trained: weights.Trained, class_names: tuple[str, ...]
@@ -209,6 +234,8 @@ def _match_classes(path: str, trained: weights.Trained, class_names: tuple[str, 
     if Path(path).is_dir():
         return _match_names(path, trained.class_names, class_names)
     count = trained.model.num_classes
+    if not count:
+        raise _no_classifier(path)
     if count != len(class_names):
         raise TeacherError(f"The teacher {path} has {count} classes, and the "
                            f"images have {len(class_names)}. Convert it with its class names "
@@ -219,9 +246,16 @@ def _match_classes(path: str, trained: weights.Trained, class_names: tuple[str, 
     return None
 
 
+def _no_classifier(path: str) -> TeacherError:
+    return TeacherError(f"The teacher {path} has no classifier, so it says nothing to learn from. "
+                        f"Fine-tune it first (configs/finetune.py), or give weights with a head.")
+
+
 def _match_names(path: str, own: tuple[str, ...], class_names: tuple[str, ...]
                  ) -> np.ndarray | None:
     """Which of a teacher's classes each of the student's is, by name: all must be there."""
+    if not own:
+        raise _no_classifier(path)
     known = set(own)
     missing = [name for name in class_names if name not in known]
     if missing:

@@ -142,6 +142,12 @@ def describe_state(config: ml_collections.ConfigDict, model, make_tx: Callable, 
     return describe_arrays(shapes, meshes.replicated(mesh))
 
 
+def make_objective(config: ml_collections.ConfigDict, model) -> Callable:
+    """What a run's student learns by; raises ValueError where the two do not go together."""
+    return objectives.make_objective(config.objective, config.store.temperature,
+                                     config.store.tail, models.has_distillation_token(model))
+
+
 def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.GradientTransformation,
                     schedule: Callable, mesh: Mesh) -> Callable:
     """The compiled update: fn(state, batch) -> (state, metrics), state donated.
@@ -153,9 +159,7 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
         schedule: step -> learning rate.
         mesh: over which batches are cut.
     """
-    objective = objectives.make_objective(config.objective, config.store.temperature,
-                                          config.store.tail,
-                                          models.has_distillation_token(model))
+    objective = make_objective(config, model)
     parts, decay = config.train.accumulate, config.optim.ema
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     seed, trainable = config.seed, config.model.trainable
@@ -298,11 +302,16 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
                 model, {}, data.train.class_names, config.data.mean, config.data.std,
                 config.eval.crop, config.eval.crop_ratio), config.model.name))
         judge, _ = measure.make_judge(config, model, data.eval, data.class_map, mesh)
-        Program(judge.eval_step, ({"params": like.params, "batch_stats": like.batch_stats},
-                                  judge.describe_batch()), compiler, f"{title}: the evaluation")
+        evaluation = Program(
+            judge.eval_step, ({"params": like.params, "batch_stats": like.batch_stats},
+                              judge.describe_batch()), compiler, f"{title}: the evaluation")
+
+        def evaluator(variables: dict) -> dict:
+            evaluation.wait()  # else it would be compiled here a second time
+            return evaluate.score(judge(variables))
+
         with memory.explaining(config):
-            result = _loop(config, workdir, state, per_epoch, feed,
-                           lambda variables: evaluate.score(judge(variables)), checkpoints)
+            result = _loop(config, workdir, state, per_epoch, feed, evaluator, checkpoints)
     result["parameters"] = sum(x.size for x in jax.tree.leaves(like.params))
     result |= _scores_before(workdir / "metrics.jsonl")
     if jax.process_index() == 0:

@@ -27,6 +27,9 @@ _TORCH_HEADS = 8  # of the small ViT whose layers are torch's own; no key tells 
 
 _log = logging.getLogger(__name__)
 _LEAVES = {"kernel": "weight", "scale": "weight"}
+# How a module around torch's layers has to call the rest.
+_TORCH_KEYS = (". Around torch's own layers, transformer.layers.*, the keys are patch_embed.proj, "
+               "cls_token, pos_embed, norm and classifier")
 _POSITIONS = ("params", "pos_embed")
 _PATCHES = ("params", "patch_embed", "proj", "kernel")
 _HEADS = ("head", "head_dist", "classifier", "classifier_dist")
@@ -53,9 +56,9 @@ class Shape(NamedTuple):
 
 def owns(state: Mapping[str, Any]) -> bool:
     """Whether a state dict holds a plain vision transformer, by its keys."""
-    first = ("blocks.0.attn.qkv.weight", "transformer.layers.0.self_attn.in_proj_weight")
     keys = {key.removeprefix("module.") for key in unwrap(state)}
-    return "patch_embed.proj.weight" in keys and not keys.isdisjoint(first)
+    return {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= keys or any(
+        key.endswith("layers.0.self_attn.in_proj_weight") for key in keys)
 
 
 def to_torch(variables: Mapping[str, Any], layout: str = "") -> State:
@@ -135,10 +138,11 @@ def infer_shape(state: Mapping[str, Any], num_heads: int = 0) -> Shape:
         shape = np.shape(arrays.get(name, ()))
         if len(shape) != axes:
             raise WeightsError(f"these are not a whole vision transformer's weights: {name} is "
-                               f"{shape if name in arrays else 'missing'}; expected {axes} axes")
+                               f"{shape if name in arrays else 'missing'}; expected {axes} axes"
+                               f"{_TORCH_KEYS if post else ''}")
         return shape
 
-    post = "transformer.layers.0.self_attn.in_proj_weight" in arrays
+    post = any(key.endswith("layers.0.self_attn.in_proj_weight") for key in arrays)
     patches = find("patch_embed.proj.weight", 2 if post else 4)
     width = patches[0]
     patch_size = math.isqrt(patches[1] // 3) if post else patches[2]
@@ -148,6 +152,7 @@ def infer_shape(state: Mapping[str, Any], num_heads: int = 0) -> Shape:
     if first is None:
         raise WeightsError(f"pos_embed has {rows} rows; expected those of a square grid, and one "
                            f"for each token before it or for none")
+    _log_habits(post)
     hidden = find("transformer.layers.0.linear1.weight" if post else "blocks.0.mlp.fc1.weight", 2)
     return Shape(
         num_classes=count_classes(arrays), image_size=math.isqrt(rows - first) * patch_size,
@@ -159,6 +164,17 @@ def infer_shape(state: Mapping[str, Any], num_heads: int = 0) -> Shape:
         pool="mean" if "fc_norm.weight" in arrays else "token",
         norm_order="post" if post else "pre",
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in arrays else 0.0)
+
+
+def _log_habits(post: bool) -> None:
+    """One line on what no key tells and weights may have otherwise."""
+    _log.info("No key tells what images a ViT was trained on: they are taken to be normalised as "
+              "ImageNet's, mean %s and std %s. Google's own (timm's augreg) have 0.5 for all six: "
+              "--config.data.mean and std, --config.teacher.mean and std, or --mean and --std of "
+              "tools/convert_checkpoint.py.", MEAN, STD)
+    if post:
+        _log.info("Nor does one tell what torch's layers are: taken for such that norm after the "
+                  "sums (norm_first=False), with GELU, and read patches row by row, colours last.")
 
 
 def count_classes(state: Mapping[str, Any]) -> int:

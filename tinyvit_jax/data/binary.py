@@ -106,13 +106,15 @@ class BinarySource:
         layout = self._layout
         if layout.head:
             found = np.concatenate([records[:, layout.head - 1] for records in self._records])
-            path, first = self._files[0][0], 0
+            paths, first = [path for path, _ in self._files], 0
         else:
-            path, first = folder / layout.labels[self._split], 1
-            found = _map_file(path, len(self), layout._replace(head=1, side=0))[:, 0]
+            paths, first = [folder / layout.labels[self._split]], 1
+            found = _map_file(paths[0], len(self), layout._replace(head=1, side=0))[:, 0]
         labels = found.astype(np.int32) - first
         wrong = np.flatnonzero((labels < 0) | (labels >= layout.classes))
         if len(wrong):
+            file = int(np.searchsorted(self._starts, wrong[0], side="right")) - 1
+            path = paths[min(file, len(paths) - 1)]
             raise SourceError(
                 f"{path} is damaged, or not of {layout.title}: image {wrong[0]} of the "
                 f"{self._split} split has the label {found[wrong[0]]}, expected {first} to "
@@ -179,7 +181,7 @@ def _find_layout(root: Path) -> tuple[Layout, Path]:
 
 def _read_names(path: Path, layout: Layout) -> tuple[str, ...]:
     try:
-        names = tuple(path.read_text().split())
+        names = tuple(path.read_bytes().decode(errors="replace").split())
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}): the class names of "
                           f"{layout.title} stand there. Unpack {layout.archive} again.") from error

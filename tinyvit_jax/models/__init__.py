@@ -91,25 +91,18 @@ def describe_shape(model: Model) -> dict[str, Any]:
 
 
 def find_image_size(model: Model) -> int:
-    """Pixels that a model of a variant's widths and depths is for; 0 for any other shape.
+    """Pixels that a TinyViT of a variant's widths and depths is for; 0 for any other shape.
 
-    A TinyViT tells them by its windows, which grow with the image: 7 7 14 7 at 224 pixels. Its
-    first stage uses neither heads nor window, so these do not count. A plain transformer has
-    positions for one size.
+    Its windows tell them, which grow with the image: 7 7 14 7 at 224 pixels. The first stage uses
+    neither heads nor window, so these do not count.
     """
     own = describe_shape(model)
-    if "patch_size" in own:
-        return own["image_size"]
-    for name, variant in VARIANTS.items():
-        if name in FAMILIES or family_of(name) != family_of(model):
+    for name, variant in tinyvit.VARIANTS.items():
+        if name in FAMILIES:
             continue
-        size = variant["image_size"]
-        if "stem_strides" in own:
-            variant = {"stem_strides": (2, 2), **variant}
-        if "window_sizes" in variant:
-            size = size * own["window_sizes"][1] // variant["window_sizes"][1]
-            variant = {**variant, "window_sizes": scale_windows(
-                variant["window_sizes"], variant["image_size"], size)}
+        size = variant["image_size"] * own["window_sizes"][1] // variant["window_sizes"][1]
+        variant = {"stem_strides": (2, 2), **variant, "window_sizes": scale_windows(
+            variant["window_sizes"], variant["image_size"], size)}
         if all(own[key][1:] == value[1:] if key in ("num_heads", "window_sizes") and len(value) > 1
                else own[key] == value for key, value in variant.items() if key in own
                and key != "image_size"):

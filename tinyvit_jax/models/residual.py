@@ -110,9 +110,10 @@ def check_stages(name: str, own: Mapping[str, Any], example: str) -> None:
         if not own[key]:
             raise ValueError(f"the model {name} has no {key} of its own: give one for each stage, "
                              f"or choose a variant that has them, such as {example}")
-        if not all(isinstance(n, int) and n > 0 for n in own[key]):
-            raise ValueError(f"{key}={own[key]} cannot work: expected whole numbers above 0, one "
-                             "for each stage")
+        if not isinstance(own[key], tuple) or not all(
+                isinstance(n, int) and n > 0 for n in own[key]):
+            raise ValueError(f"{key}={own[key]} cannot work: expected a tuple of whole numbers "
+                             "above 0, one for each stage")
     if len(own["embed_dims"]) != len(own["depths"]):
         raise ValueError(f"embed_dims={own['embed_dims']} and depths={own['depths']} cannot work: "
                          "expected one of each for every stage")

@@ -138,7 +138,7 @@ def check_shape(name: str, own: dict[str, Any], keys: Sequence[str], example: st
     Args:
         name: of the variant, for messages.
         own: all its settings.
-        keys: those that are one whole number, or a tuple of one.
+        keys: those that are one whole number, or, of stages, a tuple of one.
         example: a variant that has them all.
     """
     for key in keys:
@@ -146,10 +146,13 @@ def check_shape(name: str, own: dict[str, Any], keys: Sequence[str], example: st
         if not value:
             raise ValueError(f"the model {name} has no {key} of its own: give it, or choose a "
                              f"variant that has one, such as {example}")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if len(numbers) != 1 or not all(isinstance(n, int) and n > 0 for n in numbers):
-            raise ValueError(f"{key}={value} cannot work: expected one whole number above 0, as "
-                             f"the model has one stage")
+        staged = key in ("embed_dims", "depths", "num_heads", "mlp_dims")
+        numbers = value if staged else (value,)
+        if not isinstance(numbers, tuple) or len(numbers) != 1 or not all(
+                isinstance(n, int) and n > 0 for n in numbers):
+            raise ValueError(f"{key}={value} cannot work: expected "
+                             f"{'a tuple of ' * staged}one whole number above 0, as the model has "
+                             f"one stage")
     width, heads = own["embed_dims"][0], own["num_heads"][0]
     if width % heads:
         raise ValueError(f"embed_dims {width} and num_heads {heads} cannot work: the width must be "

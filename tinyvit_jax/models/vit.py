@@ -291,6 +291,8 @@ def make_vit(name: str, variant: dict, settings: dict) -> ViT:
     own = {key: value for key, value in {**variant, **settings}.items() if key != "freeze_norm"}
     tokens.check_shape(name, own, ("embed_dims", "depths", "num_heads", "patch_size"),
                        "vit_small_patch16_224")
+    if own.get("mlp_dims"):
+        tokens.check_shape(name, own, ("mlp_dims",), "vit_mini_patch4_32")
     model = ViT(**own)
     for key, choices in _CHOICES.items():
         if getattr(model, key) not in choices:
@@ -299,9 +301,6 @@ def make_vit(name: str, variant: dict, settings: dict) -> ViT:
     for key in ("drop_path", "dropout"):
         if not 0 <= getattr(model, key) < 1:
             raise ValueError(f"{key}={getattr(model, key)} cannot work: expected a rate in [0, 1)")
-    if len(model.mlp_dims) > 1 or not all(isinstance(n, int) and n > 0 for n in model.mlp_dims):
-        raise ValueError(f"mlp_dims={model.mlp_dims} cannot work: expected one whole number above "
-                         f"0, as the model has one stage")
     if model.layer_scale < 0:
         raise ValueError(f"layer_scale={model.layer_scale} cannot work: expected 0, for none, or "
                          f"the factor that branches start with")

@@ -309,13 +309,14 @@ class Steps(NamedTuple):
     measure_memory: Callable[[], Any]  # bytes on each device, as a run forecasts them
 
 
-def make_steps(case: Case, store: Any, teacher: Any = None) -> Steps:
+def make_steps(case: Case, store: Any, teacher: Any = None, mixed: bool = False) -> Steps:
     """Training with labels, with a store's targets, or with a live teacher.
 
     Args:
         case: what is trained.
         store: of the teacher's targets, or None.
         teacher: live, from `teachers.make_teacher`, or None.
+        mixed: mix views in pairs, as the config says.
     """
     import jax
 
@@ -330,7 +331,7 @@ def make_steps(case: Case, store: Any, teacher: Any = None) -> Steps:
         "live_teacher" if teacher is not None else "supervised")
     model = weights.make_model(weights.complete(config.model), case.classes)
     views = pipeline.Views(case.source, augment.make_spec(config.augment, model.image_size),
-                           Order(0, len(case.source), False), store, 1)
+                           Order(0, len(case.source), mixed), store, 1)
     batch = config.train.batch_size
     batches = pipeline.TrainBatches(views, batch, pipeline.Rows(0, batch), 1 << 20)
     stream: Iterator = pipeline.batch_stream(batches, threads=config.data.threads,

@@ -45,6 +45,10 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"--{name}={getattr(settings, name)}: expected {lowest} or more")
     if not (ROOT / settings.config.partition(":")[0]).is_file():
         raise ValueError(f"--config={settings.config}: there is no such file in {ROOT}")
+    from tinyvit_jax import memory, resident
+
+    config = read_config(settings)  # what the device cannot do, the two sides would not both do
+    resident.check(config, *_describe(config, settings.images), None, 1, memory.find_room())
 
 
 class RandomSource:
@@ -88,13 +92,16 @@ def measure(settings: Settings, folder: Path, say: Callable[[str], None]) -> dic
     Returns:
         "views" and "training": rows of bench_timing.race_rows in images a second; "batch", "side".
     """
+    from tinyvit_jax import config as configs
+
     case = make_case(settings)
     batch, side = case.config.train.batch_size, case.config.model.image_size
     found: dict[str, Any] = {"batch": batch, "side": side, "images": settings.images}
     say("views")
     found["views"] = _race(make_views(case), batch, HOST, settings.seconds)
     say("compiles training")
-    training = {TRAINED: make_steps(case, None).take, RESIDENT: _make_training(case)}
+    on_host = make_steps(case, None, mixed=configs.mixes(case.config))
+    training = {TRAINED: on_host.take, RESIDENT: _make_training(case)}
     say("training")
     found["training"] = _race(training, batch, TRAINED, settings.seconds)
     return found
@@ -102,9 +109,16 @@ def measure(settings: Settings, folder: Path, say: Callable[[str], None]) -> dic
 
 def make_case(settings: Settings) -> Case:
     """A recipe and a set for it."""
-    config = load_config(settings.config)
-    config.train.batch_size = settings.batch or config.train.batch_size
+    config = read_config(settings)
     return Case(config, RandomSource(settings.images, config.model.image_size), 10, None)
+
+
+def read_config(settings: Settings) -> Any:
+    """The recipe, with labels for an objective and the batch that is asked for."""
+    config = load_config(settings.config)
+    config.objective.name = "supervised"
+    config.train.batch_size = settings.batch or config.train.batch_size
+    return config
 
 
 def make_views(case: Case) -> dict[str, Callable[[int], None]]:
@@ -120,13 +134,14 @@ def _race(turns: dict[str, Callable[[int], None]], batch: int, rival: str, secon
     return race_rows(race(counted, seconds, _ROUNDS)[0], (rival,))
 
 
-def _describe(case: Case) -> tuple[Any, Any]:
+def _describe(config: Any, images: int) -> tuple[Any, Any]:
+    """The spec and the order of the views."""
     from tinyvit_jax import config as configs
     from tinyvit_jax.data import augment
     from tinyvit_jax.data.order import Order
 
-    spec = augment.make_spec(case.config.augment, case.config.model.image_size)
-    return spec, Order(0, len(case.source), configs.mixes(case.config))
+    spec = augment.make_spec(config.augment, config.model.image_size)
+    return spec, Order(0, images, configs.mixes(config))
 
 
 def _make_host_views(case: Case) -> Callable[[int], None]:
@@ -134,7 +149,7 @@ def _make_host_views(case: Case) -> Callable[[int], None]:
     from tinyvit_jax.data import pipeline
 
     mesh, batch = meshes.make_mesh(), case.config.train.batch_size
-    views = pipeline.Views(case.source, *_describe(case))
+    views = pipeline.Views(case.source, *_describe(case.config, len(case.source)))
     stream = pipeline.batch_stream(
         pipeline.TrainBatches(views, batch, pipeline.Rows(0, batch), 1 << 20),
         threads=case.config.data.threads, prefetch=case.config.data.prefetch)
@@ -154,7 +169,7 @@ def _make_device_views(case: Case) -> Callable[[int], None]:
     from tinyvit_jax import mesh as meshes
     from tinyvit_jax import resident
 
-    mesh, (spec, order) = meshes.make_mesh(), _describe(case)
+    mesh, (spec, order) = meshes.make_mesh(), _describe(case.config, len(case.source))
     batch_of = resident.make_batches(spec, order, case.config.train.batch_size, mesh)
     arrays = meshes.put_state(resident.read_arrays(case.source, spec.image_size), mesh)
 
@@ -179,7 +194,7 @@ def _make_training(case: Case) -> Callable[[int], None]:
     config, mesh = case.config.copy_and_resolve_references(), meshes.make_mesh()
     config.objective.name = "supervised"
     model = weights.make_model(weights.complete(config.model), case.classes)
-    spec, order = _describe(case)
+    spec, order = _describe(config, len(case.source))
     batch_of = resident.make_batches(spec, order, config.train.batch_size, mesh)
     arrays = meshes.put_state(resident.read_arrays(case.source, spec.image_size), mesh)
 

@@ -25,8 +25,8 @@ _TURN = 0.2  # seconds of a turn, about: many steps where one is shorter
 # Peak of a device in bfloat16, without sparsity, in 10^12 operations a second, from the makers'
 # data sheets; the first name that is part of the device's own.
 PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "GH200": 989.0,
-         "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0,
-         "RTX 4090": 165.0, "RTX 3090": 71.0,
+         "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
+         "A10G": 70.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
          "TPU v5 lite": 197.0, "TPU v5e": 197.0, "TPU v5p": 459.0, "TPU v5": 459.0,
          "TPU v6 lite": 918.0, "TPU v6e": 918.0, "TPU v4": 275.0, "TPU v3": 123.0}
 

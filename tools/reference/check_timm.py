@@ -1,6 +1,6 @@
-"""How far our ResNet, RegNetY and ConvNeXt V2 are from timm's own classes, on random weights.
+"""How far our models are from timm's own classes, on random weights.
 
-python tools/reference/check_convnets.py resnet50 regnety_160 convnextv2_tiny --image_size=224
+python tools/reference/check_timm.py deit_tiny_patch16_224 resnet50 regnety_160 convnextv2_tiny
 
 Needs timm (pip install timm). Weights and statistics are random, and none is silent. Printed is,
 for each model, the largest difference of two images' logits from timm's and how large they are;
