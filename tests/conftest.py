@@ -1,5 +1,6 @@
 """Set-up of the whole suite: tests run on the CPU and leave nothing outside of tmp_path."""
 
+import importlib.metadata
 import logging
 import os
 import tempfile
@@ -9,7 +10,12 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # The programs here are tiny and run a few times: compiling them well costs more than it saves.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Without its newer emitters XLA compiles an update in a third of the time; an XLA that does not
+# know the flag would end the process.
+_FLAGS = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
 # Many tests compile the same programs, some in processes of their own: compile each once.
 _CACHE = tempfile.TemporaryDirectory(prefix="tinyvit_jax_tests_")
