@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -15,7 +14,6 @@ import processes
 import pytest
 import tiny
 import tiny_clip
-from jax._src import array
 
 from tinyvit_jax import (
     checkpoint,
@@ -23,7 +21,6 @@ from tinyvit_jax import (
     log,
     measure,
     memory,
-    meter,
     mix,
     optim,
     program,
@@ -299,18 +296,7 @@ def test_nothing_waits_for_a_teacher_of_ours(folder, workdir, tmp_path, monkeypa
                                         "checkpoint.every_epochs": 2.0})
     data = train.open_data(c)
     teacher = make_teacher(c, data)
-    updates, seen = [], set()
-    value, asarray, add = array.ArrayImpl._value, np.asarray, meter.Meter.add
-    here = threading.get_ident()
-
-    def note(x):
-        if threading.get_ident() == here and isinstance(x, jax.Array):
-            seen.add(len(updates))
-
-    monkeypatch.setattr(meter.Meter, "add", lambda *a: (updates.append(1), add(*a)))
-    monkeypatch.setattr(array.ArrayImpl, "_value",
-                        property(lambda x: (note(x), value.fget(x))[1]))
-    monkeypatch.setattr(np, "asarray", lambda x, *a, **k: (note(x), asarray(x, *a, **k))[1])
+    seen = tiny.watch_reads(monkeypatch)
     train.fit(c, tmp_path, data, teacher=teacher)
     assert seen == {0, 3, 6}  # the first weights; a line; a line and a checkpoint
     lines = log.read_metrics(tmp_path / "metrics.jsonl")

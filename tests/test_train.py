@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -12,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax._src import array
 
-from tinyvit_jax import checkpoint, evaluate, log, measure, meter, optim, train, weights
+from tinyvit_jax import checkpoint, evaluate, log, measure, optim, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import augment, pipeline
 
@@ -189,18 +187,7 @@ def quick(folder, monkeypatch):
 
 def test_the_host_reads_nothing_between_two_lines(quick, tmp_path, monkeypatch):
     data = train.open_data(quick)
-    updates, seen = [], set()
-    value, asarray, add = array.ArrayImpl._value, np.asarray, meter.Meter.add
-    here = threading.get_ident()
-
-    def note(x):
-        if threading.get_ident() == here and isinstance(x, jax.Array):
-            seen.add(len(updates))
-
-    monkeypatch.setattr(meter.Meter, "add", lambda *a: (updates.append(1), add(*a)))
-    monkeypatch.setattr(array.ArrayImpl, "_value",
-                        property(lambda x: (note(x), value.fget(x))[1]))
-    monkeypatch.setattr(np, "asarray", lambda x, *a, **k: (note(x), asarray(x, *a, **k))[1])
+    seen = tiny.watch_reads(monkeypatch)
     train.fit(quick, tmp_path, data)
     assert seen == {0, 3, 6}  # the first weights; a line; a line and a checkpoint
 

@@ -1,11 +1,15 @@
 """A whole run at the smallest size: images of three classes, a teacher and a student of seconds."""
 
+import threading
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
+from jax._src import array
 
 from tinyvit_jax import config as configs
+from tinyvit_jax import meter
 from tinyvit_jax.data import pipeline
 
 CLASSES = ("blobs", "checks", "stripes")
@@ -73,6 +77,23 @@ def kill_after(monkeypatch, batches):
             yield batch
 
     monkeypatch.setattr(pipeline, "batch_stream", stream)
+
+
+def watch_reads(monkeypatch) -> set[int]:
+    """After how many updates of a run this thread reads arrays of a device; fills as it goes."""
+    updates, seen = [], set()
+    value, asarray, add = array.ArrayImpl._value, np.asarray, meter.Meter.add
+    here = threading.get_ident()
+
+    def note(x):
+        if threading.get_ident() == here and isinstance(x, jax.Array):
+            seen.add(len(updates))
+
+    monkeypatch.setattr(meter.Meter, "add", lambda *a: (updates.append(1), add(*a)))
+    monkeypatch.setattr(array.ArrayImpl, "_value",
+                        property(lambda x: (note(x), value.fget(x))[1]))
+    monkeypatch.setattr(np, "asarray", lambda x, *a, **k: (note(x), asarray(x, *a, **k))[1])
+    return seen
 
 
 def get_config(folder: str):

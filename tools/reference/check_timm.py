@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from reference import compare, torch_convnets
+from reference import compare, torch_convnets, torch_vit
 from tinyvit_jax import models, weights
 
 CLASSES = 11
@@ -25,7 +25,8 @@ def check(name: str, image_size: int) -> str:
     """Compares one model; returns a line, or raises ValueError where keys or shapes differ."""
     import timm
 
-    module = torch_convnets.randomize(timm.create_model(name, num_classes=CLASSES))
+    reference = torch_vit if models.family_of(name) == "vit" else torch_convnets
+    module = reference.randomize(timm.create_model(name, num_classes=CLASSES))
     state = {key: value.numpy().copy() for key, value in module.state_dict().items()}
     model = models.create_model(name, CLASSES, image_size)
     variables = weights.convert_from(state, model)
