@@ -163,6 +163,7 @@ def test_what_is_measured(folder, tmp_path):
     """Against the same figures from whole arrays of a student and a function as its teacher."""
     c = make_config(folder, **{"compare.teachers": ("test_compare:bright",),
                                "compare.temperatures": (3.0,)})
+    c.model.update(tiny.STUDENT)
     result = compare.run(c, tmp_path)
     row = result["rows"][1]
     data = train.open_data(c)

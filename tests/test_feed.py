@@ -17,6 +17,7 @@ def folder(tmp_path_factory):
 def make_config(folder, **changes):
     c = tiny.make_config(folder)
     c.objective.name = "supervised"
+    c.model.update(tiny.STUDENT)
     c.augment.update({"rand_augment": "", "color_jitter": 0.0, "erase": 0.0})
     c.data.resident = True
     c.train.epochs = 1.5  # 33 images in batches of 8: 6 updates

@@ -185,9 +185,10 @@ def test_without_labels_they_do_not_count():
     for a, b in zip(run(objective, apply_one, draw(0), batch)[:2],
                     run(objective, apply_one, draw(0), nobody)[:2], strict=True):
         np.testing.assert_array_equal(a, b)
-    alone = run(supervised.make_objective(SMOOTHING), apply_one, draw(0), batch)
-    without = run(live_teacher.make_objective(0.0, "soft", 1.0, SMOOTHING), apply_one, draw(0),
-                  batch)
+    with jax.disable_jit():  # operation by operation: two programs may round in two ways
+        alone = run(supervised.make_objective(SMOOTHING), apply_one, draw(0), batch)
+        without = run(live_teacher.make_objective(0.0, "soft", 1.0, SMOOTHING), apply_one, draw(0),
+                      batch)
     assert without[0] == alone[0]
     np.testing.assert_array_equal(without[1], alone[1])
 

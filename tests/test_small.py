@@ -118,7 +118,8 @@ def test_the_slides_views_of_stl():
 
 
 @pytest.mark.parametrize(("name", "title", "stage"), [
-    ("cifar100", "CIFAR-100", "modern"), ("stl10", "STL-10", "slides")])
+    pytest.param("cifar100", "CIFAR-100", "modern", marks=pytest.mark.slow),
+    ("stl10", "STL-10", "slides")])
 def test_a_few_updates_from_binary_files(name, title, stage, tmp_path):
     """A whole run, evaluation and report, of a model with one block, or one in each stage."""
     make_set(tmp_path / "set", title)

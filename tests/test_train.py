@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
 def make_config(folder, **changes):
     c = tiny.make_config(folder)
     c.objective.name = "supervised"
+    c.model.update(tiny.STUDENT)
     c.train.epochs = 1.5  # 33 images in batches of 8: 6 updates
     c.checkpoint.every_epochs = c.eval.every_epochs = 0.25
     c.checkpoint.keep_last = 10
@@ -145,7 +146,8 @@ def test_a_non_finite_update_is_skipped(folder):
     assert int(state.skipped) == int(metrics["skipped"]) == 1
     assert_equal(before[1:5], state[1:5])
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
-    assert sum(jax.tree.leaves(moved)) > 20
+    leaves = jax.tree.leaves(moved)  # all but those of branches that start as nothing
+    assert sum(leaves) > len(leaves) / 2
 
 
 def test_a_run_of_nothing_but_skipped_updates_stops(folder, tmp_path, monkeypatch):
