@@ -20,7 +20,8 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
         "store.blocks", "store.store", "store.shards", "store.rows", "store.edit", "store.merge",
         "store.stats", "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
-          "objectives.stored_logits", "objectives.live_teacher", "models", "models.layers",
+          "objectives.stored_logits", "objectives.live_teacher", "models", "models.bases",
+          "models.layers",
           "models.tinyvit", "models.clip", "models.cost", "models.tokens", "models.vit",
           "models.vit_blocks", "models.grouped", "models.residual", "models.resnet",
           "models.regnet", "models.convnext"}
@@ -89,6 +90,7 @@ FLOORS = {
     "store.stats": (HOST, NUMPY),
     "store.microsoft": ({"store.codec", "store.manifest"}, NUMPY),
     "models": (DEVICE, JAX | {"flax"}),
+    "models.bases": (DEVICE, JAX | {"flax"}),
     "models.layers": (DEVICE, JAX | {"flax"}),
     "models.tinyvit": (DEVICE, JAX | {"flax"}),
     "models.cost": (DEVICE, JAX | {"flax"}),

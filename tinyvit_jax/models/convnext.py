@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import layers, residual
+from tinyvit_jax.models import bases, layers, residual
 
 EPSILON = 1e-6  # of every LayerNorm, and of the mean response that responses are divided by
 MLP_RATIO = 4  # hidden width of a block, over the block's
@@ -174,7 +174,7 @@ class Stage(nn.Module):
         return x
 
 
-class ConvNeXtV2(residual.Classifier):
+class ConvNeXtV2(residual.ConvNet):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
     There is no BatchNorm: variables hold an empty "batch_stats" beside "params", as every other
@@ -201,7 +201,7 @@ class ConvNeXtV2(residual.Classifier):
         """Names the submodules stem, stages_0 ..., norm_head, head."""
         self.stem = Stem(self.embed_dims[0], self.patch_size, self.dtype)
         kind = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        rates = residual.share_rates(self.drop_path, self.depths)
+        rates = bases.share_rates(self.drop_path, self.depths)
         self.stages = [Stage(dim, partial(kind, dtype=self.dtype), rates[i], i > 0, self.dtype)
                        for i, dim in enumerate(self.embed_dims)]
         self.norm_head = _Norm()

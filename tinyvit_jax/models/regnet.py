@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import layers, residual
+from tinyvit_jax.models import bases, layers, residual
 
 STEM_WIDTH = 32
 SE_RATIO = 0.25  # hidden width of squeeze and excitation, over what the block reads
@@ -94,7 +94,7 @@ class Block(nn.Module):
         return nn.relu(x + layers.DropPath(self.drop_path)(y, train))
 
 
-class RegNetY(residual.Classifier):
+class RegNetY(residual.ConvNet):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
     Attributes:
@@ -119,7 +119,7 @@ class RegNetY(residual.Classifier):
         self.stem = layers.ConvNorm(STEM_WIDTH, 3, 2, freeze_norm=self.freeze_norm,
                                     dtype=self.dtype, kernel_init=residual.he_init)
         kind = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        rates = residual.share_rates(self.drop_path, self.depths)
+        rates = bases.share_rates(self.drop_path, self.depths)
         self.stages = [
             residual.Stage(partial(kind, dim, self.group_width, freeze_norm=self.freeze_norm,
                                    dtype=self.dtype), rates[i], stride=2)

@@ -1,13 +1,12 @@
-"""What the families of residual convolutional networks share: the way through, rates, checks."""
+"""What the families of residual convolutional networks share: stages, start values, checks."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
+
+from tinyvit_jax.models import bases
 
 # He et al., 2015: what keeps a ReLU network's gradients of one size, as the originals start.
 he_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -36,33 +35,8 @@ class Stage(nn.Module):
         return x
 
 
-class Classifier(nn.Module):
-    """A stem, stages, the mean of the last map and a head; the families fill in the parts.
-
-    A family's setup names stem, stages and, where num_classes is not 0, head.
-    """
-
-    num_classes: int
-    image_size: int
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
-
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Classifies images.
-
-        Args:
-            images: float [B, H, W, 3], normalised.
-            train: batch statistics in BatchNorm (apply needs mutable=["batch_stats"]) and drop
-                path (apply needs rngs={"drop_path": key} where the rate is above 0).
-
-        Returns:
-            float32 logits [B, num_classes], or pooled features [B, C] where num_classes is 0.
-
-        Raises:
-            ValueError: images too small for the last stage of a ConvNeXt V2.
-        """
-        x = self.pool(self.features(images, train)[-1])
-        return self.head(x) if self.num_classes else x
+class ConvNet(bases.Pyramid):
+    """A stem and stages; a family's setup names `stem`, `stages` and, with classes, `head`."""
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """The stages' maps: [B, H/s, W/s, C] with s = 4, 8, 16, 32.
@@ -79,23 +53,6 @@ class Classifier(nn.Module):
     def begin(self, images: jax.Array, train: bool) -> jax.Array:
         """What the first stage reads: [B, H, W, 3] -> [B, h, w, C]."""
         return nn.relu(self.stem(images, train))
-
-    def pool(self, x: jax.Array) -> jax.Array:
-        """What the head reads: [B, h, w, C] -> float32 [B, C]."""
-        return jnp.mean(x, (1, 2), dtype=jnp.float32)
-
-    @nn.nowrap
-    def variable_shapes(self) -> dict:
-        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
-        images = jnp.zeros((1, self.image_size, self.image_size, 3))
-        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
-
-
-def share_rates(drop_path: float, depths: Sequence[int]) -> list[tuple[float, ...]]:
-    """The drop path of each block, stage by stage: 0 at the first, growing evenly to the last."""
-    rates = np.linspace(0, drop_path, sum(depths)).tolist()
-    ends = np.cumsum(depths)
-    return [tuple(rates[end - depth:end]) for depth, end in zip(depths, ends, strict=True)]
 
 
 def check_stages(name: str, own: Mapping[str, Any], example: str) -> None:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import layers, residual
+from tinyvit_jax.models import bases, layers, residual
 
 _BASIC = {"image_size": 224, "embed_dims": (64, 128, 256, 512), "block": "basic",
           "stem_strides": (2, 2)}
@@ -82,7 +82,7 @@ def pad_channels(x: jax.Array, features: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(side, side)])
 
 
-class ResNet(residual.Classifier):
+class ResNet(residual.ConvNet):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
     Attributes:
@@ -115,7 +115,7 @@ class ResNet(residual.Classifier):
             self.embed_dims[0] // ratio, 7 if stride == 2 else 3, stride,
             freeze_norm=self.freeze_norm, dtype=self.dtype, kernel_init=residual.he_init)
         kind = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        rates = residual.share_rates(self.drop_path, self.depths)
+        rates = bases.share_rates(self.drop_path, self.depths)
         self.stages = [
             residual.Stage(partial(kind, dim, self.block, freeze_norm=self.freeze_norm,
                                    dtype=self.dtype), rates[i], stride=2 if i else 1)

@@ -7,9 +7,8 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tinyvit_jax.models import layers
+from tinyvit_jax.models import bases, layers
 
 _5M = {"embed_dims": (64, 128, 160, 320), "depths": (2, 2, 6, 2), "num_heads": (2, 4, 5, 10)}
 _21M = {"embed_dims": (96, 192, 384, 576), "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 18)}
@@ -163,7 +162,7 @@ class Stage(nn.Module):
         return partial(kind, num_heads=self.num_heads, window=self.window)
 
 
-class TinyViT(nn.Module):
+class TinyViT(bases.Pyramid):
     """The classifier; tinyvit_jax.models.create_model makes one and checks its settings.
 
     Attributes:
@@ -179,10 +178,6 @@ class TinyViT(nn.Module):
         freeze_norm: BatchNorm uses its stored statistics in training too.
     """
 
-    num_classes: int
-    image_size: int
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
     num_heads: tuple[int, ...]
     window_sizes: tuple[int, ...]
     stem_strides: tuple[int, int] = (2, 2)
@@ -197,35 +192,18 @@ class TinyViT(nn.Module):
         """Names the submodules patch_embed, layers_0 .. layers_3, norm_head, head."""
         self.patch_embed = PatchEmbed(self.embed_dims[0], self.stem_strides, self.freeze_norm,
                                       self.dtype)
-        rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
-        ends = np.cumsum(self.depths)
-        self.layers = [self._make_stage(i, tuple(rates[end - depth:end]))
-                       for i, (depth, end) in enumerate(zip(self.depths, ends, strict=True))]
+        rates = bases.share_rates(self.drop_path, self.depths)
+        self.layers = [self._make_stage(i, own) for i, own in enumerate(rates)]
         self.norm_head = nn.LayerNorm(layers.EPSILON)
         if self.num_classes:
             self.head = layers.Linear(self.num_classes)
 
-    def _make_stage(self, i: int, rates: Sequence[float]) -> Stage:
+    def _make_stage(self, i: int, rates: tuple[float, ...]) -> Stage:
         dims = (*self.embed_dims, 0)
         ratio = self.expand_ratio if i == 0 else self.mlp_ratio
-        return Stage(self.num_heads[i], self.window_sizes[i], int(dims[i] * ratio), tuple(rates),
+        return Stage(self.num_heads[i], self.window_sizes[i], int(dims[i] * ratio), rates,
                      next_dim=dims[i + 1], convolutional=i == 0, freeze_norm=self.freeze_norm,
                      remat=self.remat, dtype=self.dtype)
-
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Classifies images.
-
-        Args:
-            images: float [B, H, W, 3], normalised.
-            train: batch statistics in BatchNorm (apply needs mutable=["batch_stats"]) and drop
-                path (apply needs rngs={"drop_path": key} where the rate is above 0).
-
-        Returns:
-            float32 logits [B, num_classes], or pooled features [B, C] where num_classes is 0.
-        """
-        x = self.features(images, train)[-1]
-        x = self.norm_head(jnp.mean(x, (1, 2), dtype=jnp.float32))
-        return self.head(x) if self.num_classes else x
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """The maps of the four stages: [B, H/s, W/s, C] with s = 4, 8, 16, 32, rounded up.
@@ -239,11 +217,9 @@ class TinyViT(nn.Module):
             maps.append(own)
         return maps
 
-    @nn.nowrap
-    def variable_shapes(self) -> dict:
-        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
-        images = jnp.zeros((1, 32, 32, 3))  # no variable's shape depends on the images
-        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
+    def pool(self, x: jax.Array) -> jax.Array:
+        """What the head reads: [B, h, w, C] -> float32 [B, C]."""
+        return self.norm_head(super().pool(x))
 
 
 def scale_windows(window_sizes: Sequence[int], old_size: float, new_size: float

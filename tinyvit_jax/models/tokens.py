@@ -5,14 +5,13 @@ whatever `dtype` the branches have.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import layers
+from tinyvit_jax.models import bases, layers
 
 
 class PatchProjection(nn.Module):
@@ -101,14 +100,11 @@ class Dropout(nn.Module):
 _STEPS = 2**16  # a rate is rounded to this part of 1, and what is kept is scaled by the rounded one
 
 
-class FixedSize(nn.Module):
+class FixedSize(bases.Classifier):
     """A classifier with positions for one image size, and without BatchNorm.
 
     Variables hold an empty "batch_stats" beside "params", as every other model's code expects one.
     """
-
-    num_classes: int
-    image_size: int
 
     def check_images(self, images: jax.Array) -> None:
         """Raises ValueError for images of another size than the table of positions is for."""
@@ -124,12 +120,6 @@ class FixedSize(nn.Module):
              train: bool = False) -> dict:
         """Random variables: {"params", "batch_stats"}, the latter empty."""
         return {**super().init(rngs, images, train=train), "batch_stats": {}}
-
-    @nn.nowrap
-    def variable_shapes(self) -> dict:
-        """The variables as jax.ShapeDtypeStruct in place of arrays, without computing any."""
-        images = jnp.zeros((1, self.image_size, self.image_size, 3))
-        return jax.eval_shape(partial(self.init, train=False), jax.random.key(0), images)
 
 
 def check_shape(name: str, own: dict[str, Any], keys: Sequence[str], example: str) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyvit_jax.models import layers, tokens
+from tinyvit_jax.models import bases, layers, tokens
 from tinyvit_jax.models.vit_blocks import EPSILON, Norm, PatchEmbed, PostNormBlock, PreNormBlock
 
 _WIDTHS = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
@@ -116,7 +116,7 @@ class ViT(tokens.FixedSize):
         self.pos_embed = self.param("pos_embed", fixed if self.positions == "sincos" else random,
                                     (1, first + grid**2, width), jnp.float32)
         self.drop_tokens = tokens.Dropout(self.dropout)
-        rates = np.linspace(0, self.drop_path, self.depths[0]).tolist()
+        (rates,) = bases.share_rates(self.drop_path, self.depths)
         self.blocks = [self._make_block(rate) for rate in rates]
         norm = Norm(EPSILON[self.norm_order])
         if self.pool == "mean":
