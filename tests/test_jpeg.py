@@ -1,6 +1,7 @@
 """Windows of JPEGs: the pixels of the whole image, from less of its data."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -78,15 +79,27 @@ def orient(orientation: int, thumbnail: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize(("options", "plain"), [
     ({"progressive": True}, False), ({"exif": orient(6)}, False), ({"exif": orient(1)}, True),
+    ({"exif": orient(0)}, True),
     ({"exif": orient(1, b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x08")}, False),
     ({"keep_rgb": True}, False), ({"comment": b"a note"}, True), ({"optimize": True}, True),
-], ids=["progressive", "turned", "upright", "doubtful", "stored as RGB", "comment", "optimised"])
+], ids=["progressive", "turned", "upright", "no orientation", "doubtful", "stored as RGB",
+        "comment", "optimised"])
 def test_only_plain_files_have_a_header(options, plain):
     data = save(picture(61, 75), **options)
     assert (jpeg.read_header(data) is not None) == plain
     assert np.array_equal(ops.decode(data, "x"), ops._decode_by_opencv(data, "x"))
     if plain:
         check_windows(data)
+
+
+def test_a_file_without_orientation_is_decoded_exactly():
+    """As it was before its windows were cut, or a stored view of it would not be what it was."""
+    image = cv2.GaussianBlur(picture(160, 192), (0, 0), 4)
+    for orientation, exact in ((0, True), (1, False)):
+        data = save(image, exif=orient(orientation))
+        window = ops.decode_window(data, "x", lambda h, w: (10, 20, 120, 140), enough=32)
+        expected = ops._decode_by_opencv(data, "x")[10:120, 20:140]
+        assert np.array_equal(window, expected) == exact
 
 
 def test_other_files_have_no_header():
@@ -172,7 +185,7 @@ def test_fast_windows_are_those_of_the_whole_image(interval):
     image = cv2.GaussianBlur(picture(160, 192), (0, 0), 4)
     data = encode(image, interval=interval)
     header = jpeg.read_header(data)
-    whole = jpeg.decode_window(data, header, (0, 0, 160, 192), fast=True)
+    whole = jpeg.decode_window(data, header, (0, 0, 160, 192), fast=True).copy()
     assert whole.shape == (160, 192, 4)
     for y0, x0, y1, x1 in make_boxes(160, 192, 12):
         window = jpeg.decode_window(data, header, (y0, x0, y1, x1), fast=True)
@@ -180,6 +193,27 @@ def test_fast_windows_are_those_of_the_whole_image(interval):
     blended = jpeg.decode_window(data, header, (0, 0, 160, 192))
     # Coloured noise: photographs are a tenth of a level apart.
     assert 0 < np.abs(whole[..., :3].astype(int) - blended).mean() < 2
+
+
+def test_fast_windows_lie_in_memory_of_their_thread(monkeypatch):
+    images = [cv2.GaussianBlur(picture(160, 192, seed), (0, 0), 4) for seed in (0, 1)]
+
+    def decode(image):
+        data = encode(image)
+        return jpeg.decode_window(data, jpeg.read_header(data), (0, 0, 160, 192), fast=True)
+
+    one = decode(images[0])
+    kept = one.copy()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(decode, images[1]).result()
+    assert not np.shares_memory(one, other)
+    np.testing.assert_array_equal(one, kept)
+    assert np.shares_memory(one, decode(images[1]))
+    np.testing.assert_array_equal(one[..., :3], other[..., :3])
+    monkeypatch.setattr(jpeg, "_KEPT", 4 * 160 * 192 - 1)  # too large to be kept
+    own = decode(images[0])
+    assert not np.shares_memory(one, own)
+    np.testing.assert_array_equal(own[..., :3], kept[..., :3])
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])

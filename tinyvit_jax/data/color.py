@@ -13,7 +13,7 @@ from tinyvit_jax.data import ops
 _SOLARIZE_ADD_BELOW = 128
 # ITU-R 601 weights in 1/65536, as PIL's "L" has them, and a half to round by.
 _LUMA = np.array([[19595, 38470, 7471, 32768]], np.float32) / 65536
-_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32)  # whole numbers have one sum
 _RAMP = np.arange(256, dtype=np.int32)
 _BYTES = np.arange(256, dtype=np.uint8)
 
@@ -96,7 +96,10 @@ def saturation(image: np.ndarray, factor: float) -> np.ndarray:
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends from a 3x3 smoothed image (edge pixels as they are): above 1 = sharper."""
     ops.use_open_kernels()
-    smooth = cv2.filter2D(image, -1, _SMOOTH)
+    pixels, sums = ops.work_in(image.shape)
+    np.copyto(pixels, image)  # which OpenCV filters in half the time that bytes take
+    cv2.filter2D(pixels, cv2.CV_32F, _SMOOTH, dst=sums)
+    smooth = cv2.convertScaleAbs(sums, alpha=1 / 13)
     for edge in (np.s_[:1], np.s_[-1:], np.s_[:, :1], np.s_[:, -1:]):
         smooth[edge] = image[edge]
     return _blend(smooth, image, factor)

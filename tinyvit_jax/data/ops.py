@@ -85,7 +85,8 @@ def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
     Returns:
         uint8 [y1 - y0, x1 - x0, 3] RGB: with enough=0 the pixels that `decode` gives there. Else
         near them, as many or 1/2, 1/4, 1/8 of each side, and mostly with a fourth byte of no
-        meaning: `resize` and `flip` take these, `as_rgb` drops it.
+        meaning, in memory that the next call on the same thread overwrites: `resize` and `flip`
+        take these, `as_rgb` drops the byte and copies.
 
     Raises:
         ImageError: for bytes that are no image, or not all of one.
@@ -99,6 +100,7 @@ def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
     header = jpeg.read_header(data)
     if header is not None:
         box = place(header.height, header.width)
+        enough = 0 if header.exact else enough
         window = jpeg.decode_window(data, header, box, _find_factor(box, enough), enough > 0)
         if window is not None:
             return window

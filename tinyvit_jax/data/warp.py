@@ -60,7 +60,11 @@ def _warp(image: np.ndarray, inverse: tuple[float, ...], fill: ops.Fill,
     centers = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     size = image.shape[1::-1]
     how = (cv2.INTER_LINEAR if bilinear else cv2.INTER_CUBIC) | cv2.WARP_INVERSE_MAP
-    if bilinear or not _WEIGHS_IN_FLOAT:
+    if bilinear:
+        # OpenCV weighs four channels by vector instructions, and three one by one.
+        padded = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
+        return ops.as_rgb(cv2.warpAffine(padded, centers, size, flags=how, borderValue=fill))
+    if not _WEIGHS_IN_FLOAT:
         return cv2.warpAffine(image, centers, size, flags=how, borderValue=fill)
     pixels, out = ops.work_in(image.shape)
     np.copyto(pixels, image)
