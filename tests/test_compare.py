@@ -171,8 +171,9 @@ def test_what_is_measured(folder, tmp_path):
     views = [train.augment.eval_view(compare.pipeline.ops.decode(e.image, e.key), 16, "center", 1.0)
              for e in data.eval.read(list(range(len(data.eval))))]
     label = np.array([e.label for e in data.eval.read(list(range(len(data.eval))))])
-    student = jax.nn.log_softmax(trained.model.apply(trained.variables, train.mix.normalize(
-        jnp.asarray(np.stack(views), jnp.float32), trained.mean, trained.std)))
+    pixels = train.mix.normalize(jnp.asarray(np.stack(views), jnp.float32), trained.mean,
+                                 trained.std)
+    student = jax.nn.log_softmax(jax.jit(trained.model.apply)(trained.variables, pixels))
     teacher = jax.nn.log_softmax(jnp.asarray(bright(np.stack(views)), jnp.float32))
     student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
     p = np.exp(teacher)

@@ -122,7 +122,7 @@ def test_logits_move_as_little_as_between_two_libraries():
     model = create_model("tiny_vit", num_classes=10, image_size=SIZE, depths=(1, 1, 1, 1),
                          embed_dims=(16, 32, 48, 64), num_heads=(1, 1, 2, 2),
                          window_sizes=(4, 4, 4, 2))
-    variables = model.init(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))
     apply = jax.jit(model.apply)
     logits = {name: np.asarray(apply(variables, mix.normalize(
         np.stack(pixels), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))

@@ -135,7 +135,7 @@ def test_evaluate_predict_convert_and_check(folder, finished, tmp_path, monkeypa
     ours = call(predict, f"--weights={workdir}", image)
     trained = weights.load_run(workdir)
     pixels = augment.eval_view(ops.decode(image.read_bytes(), "it"), 16, "center", 1.0)
-    logits = trained.model.apply(trained.variables, mix.normalize(
+    logits = jax.jit(trained.model.apply)(trained.variables, mix.normalize(
         pixels[None], trained.mean, trained.std))
     first = ours.splitlines()[1].split()
     assert first[1] == tiny.CLASSES[int(logits.argmax())]

@@ -13,7 +13,7 @@ from tinyvit_jax.data import ops
 _SOLARIZE_ADD_BELOW = 128
 # ITU-R 601 weights in 1/65536, as PIL's "L" has them, and a half to round by.
 _LUMA = np.array([[19595, 38470, 7471, 32768]], np.float32) / 65536
-_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32)  # whole numbers have one sum
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32)  # of 13, divided by last: exact
 _RAMP = np.arange(256, dtype=np.int32)
 _BYTES = np.arange(256, dtype=np.uint8)
 
