@@ -274,12 +274,10 @@ def test_epochs_that_come_later_are_added(folder, source, tmp_path):
 
 
 def test_training_follows_the_store(tmp_path):
-    """A few updates with mixed pairs of the original's views, from the imported store alone.
-
-    As many images as tiny.make_folder has: the programs are those of other tests, compiled once.
-    """
+    """A few updates with mixed pairs of the original's views, from the imported store alone."""
     folder = make_images(tmp_path / "images", (11, 11, 11))
     config = make_config(folder, mixed=True)
+    config.model.update(tiny.STUDENT)
     original = write_original(tmp_path / "theirs", number_keys(folder))
     data = train.open_data(config)
     store = importing.import_store(original, tmp_path / "ours", data.train, make_settings(folder))
