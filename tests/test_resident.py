@@ -70,7 +70,7 @@ def test_colours_are_the_hosts_to_a_level():
 
 
 @pytest.mark.parametrize("changes", [
-    {"mixup": 0.2, "mix_prob": 0.7}, {"cutmix": 1.0},
+    {"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0, "mix_prob": 0.7},
     {"mixup": 0.8, "cutmix": 1.0, "mix_switch": 0.3}])
 def test_pairs_are_mixed_as_by_the_host(changes):
     pairs = both(make_spec(**changes), True, steps=8)
