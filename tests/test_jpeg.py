@@ -44,6 +44,10 @@ def make_boxes(height: int, width: int, count: int, seed: int = 0) -> list[jpeg.
     return [(y0, x0, y1, x1) for (y0, y1), (x0, x1) in zip(*edges, strict=True)]
 
 
+def decode_at(data: bytes, name: str, place, enough: int = 0) -> np.ndarray:
+    return ops.decode_window(ops.find_window(data, name, place), enough)
+
+
 def check_windows(data: bytes, count: int = 12) -> None:
     """Windows are those of the image that OpenCV decodes as a whole."""
     whole = ops._decode_by_opencv(data, "x")
@@ -97,7 +101,7 @@ def test_a_file_without_orientation_is_decoded_exactly():
     image = cv2.GaussianBlur(picture(160, 192), (0, 0), 4)
     for orientation, exact in ((0, True), (1, False)):
         data = save(image, exif=orient(orientation))
-        window = ops.decode_window(data, "x", lambda h, w: (10, 20, 120, 140), enough=32)
+        window = decode_at(data, "x", lambda h, w: (10, 20, 120, 140), enough=32)
         expected = ops._decode_by_opencv(data, "x")[10:120, 20:140]
         assert np.array_equal(window, expected) == exact
 
@@ -137,7 +141,7 @@ def test_missing_markers_leave_the_rows_above_in():
     at, _ = jpeg._find_restarts(data, jpeg.read_header(data).data_at)
     lost = data[:at[9]] + data[at[9] + 2:]
     assert jpeg._cut_around(lost, jpeg.read_header(lost), (40, 40, 60, 60)) is None
-    assert np.array_equal(ops.decode_window(lost, "x", lambda *size: (40, 40, 60, 60)),
+    assert np.array_equal(decode_at(lost, "x", lambda *size: (40, 40, 60, 60)),
                           ops._decode_by_opencv(lost, "x")[40:60, 40:60])
 
 
@@ -145,7 +149,7 @@ def test_a_file_that_stops_early_is_refused_even_below_the_window():
     data = encode(picture(160, 160))
     for end in (len(data) - 2, len(data) * 3 // 4):
         with pytest.raises(ops.ImageError, match="Image cat/7 cannot be decoded"):
-            ops.decode_window(data[:end], "cat/7", lambda *size: (0, 0, 16, 16))
+            decode_at(data[:end], "cat/7", lambda *size: (0, 0, 16, 16))
 
 
 def damage(data: bytes, generator: np.random.Generator) -> bytes:
@@ -174,7 +178,7 @@ def test_damaged_files_give_what_opencv_gives(interval, capfd):
             continue
         assert np.array_equal(ops.decode(data, "x"), expected)
         half = expected.shape[0] // 2
-        window = ops.decode_window(data, "x", lambda h, w: (h // 4, w // 4, h // 2, w // 2))
+        window = decode_at(data, "x", lambda h, w: (h // 4, w // 4, h // 2, w // 2))
         assert np.array_equal(window, expected[expected.shape[0] // 4:half,
                                                expected.shape[1] // 4:expected.shape[1] // 2])
     assert refused < 75

@@ -329,15 +329,15 @@ def test_several_teachers_have_one_hash(world):
 def test_pixels_that_a_machine_makes_otherwise(world, monkeypatch, caplog):
     config, data, root, _ = world
     config = without_teacher(config)
-    replay, shown = augment.replay, []
+    replay_batch, shown = augment.replay_batch, []
 
-    def other(image, key, seed, spec):
-        view = replay(image, key, seed, spec).copy()
-        shown.append(key)
-        view[3, 5, 1] ^= len(shown) == 5  # the fifth of the views that are compared
-        return view
+    def other(images, seeds, spec):
+        for (_, key), view in zip(images, replay_batch(images, seeds, spec), strict=True):
+            shown.append(key)
+            view[3, 5, 1] ^= len(shown) == 5  # the fifth of the views that are compared
+            yield view
 
-    monkeypatch.setattr(pipeline.augment, "replay", other)
+    monkeypatch.setattr(pipeline.augment, "replay_batch", other)
     monkeypatch.setattr(matching, "read_versions", lambda: {"opencv": "9.9", "pillow": "9"})
     there = world.manifest.replay
     with pytest.raises(StoreError) as error:
@@ -357,8 +357,9 @@ def test_pixels_that_a_machine_makes_otherwise(world, monkeypatch, caplog):
 
 def test_another_decoder_may_not_join_a_capture(world, monkeypatch):
     config, data, root, _ = world
-    replay = augment.replay
-    monkeypatch.setattr(pipeline.augment, "replay", lambda *args: 255 - replay(*args))
+    replay_batch = augment.replay_batch
+    monkeypatch.setattr(pipeline.augment, "replay_batch",
+                        lambda *args: (255 - view for view in replay_batch(*args)))
     here = matching.make_replay(data.train, spec_of(config), data.order)
     with pytest.raises(StoreError, match=r"replay\.sha256\[0\] is .*The libraries have the same v"):
         stores.create_store(root / "store", dataclasses.replace(world.manifest, replay=here))
@@ -463,7 +464,8 @@ def test_fit_checks_and_records_its_store(world, begin, tmp_path, monkeypatch):
     store.manifest = dataclasses.replace(store.manifest, origin={"format": "x"})
     with pytest.raises(StoreError, match=r"origin\.format was None, is 'x'"):
         train.fit(config, tmp_path, data, store)
-    monkeypatch.setattr(pipeline.augment, "replay", lambda *args: np.zeros((16, 16, 3), np.uint8))
+    monkeypatch.setattr(pipeline.augment, "replay_batch",
+                        lambda images, *_: np.zeros((len(images), 16, 16, 3), np.uint8))
     with pytest.raises(StoreError, match="other pixels"):
         train.fit(config, tmp_path, data, store)
 

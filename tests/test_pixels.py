@@ -90,6 +90,26 @@ def test_a_plain_file_and_its_decoded_image_give_one_fast_view(options, bound):
     assert any(apart) == (bound > 0)
 
 
+@pytest.mark.parametrize("changes", [
+    {"pixels": "fast"}, {"pixels": "exact"}, {"spec": "small"}, {"spec": "microsoft"},
+    {"spec": "none", "rand_augment": ""}], ids=lambda changes: "-".join(changes.values()))
+def test_a_batch_is_its_views_one_by_one(changes):
+    """Of files of every kind and size, all views kept until the last is there."""
+    spec = make_spec(**changes)
+    large, small = soft_image(500, 700), soft_image(90, 120, 1)
+    files = [encode(large), encode(small), ops.encode_png(small), ops.encode_jpeg(large, 1),
+             encode(small, cv2.IMWRITE_JPEG_PROGRESSIVE, 1), ops.encode_jpeg(small)] * 3
+    images = [(data, f"{i}") for i, data in enumerate(files)]
+    seeds = [7 * i for i in range(len(images))]
+    views = list(augment.replay_batch(images, seeds, spec))
+    assert len(views) == len(images)
+    for image, seed, view in zip(images, seeds, views, strict=True):
+        np.testing.assert_array_equal(view, augment.replay(*image, seed, spec))
+    broken = [*images[:4], (files[0][:-9], "cat/7.jpg"), *images[4:]]
+    with pytest.raises(ops.ImageError, match=r"Image cat/7\.jpg cannot be decoded"):
+        list(augment.replay_batch(broken, [*seeds, 1], spec))
+
+
 def test_a_window_that_cannot_be_cut_is_the_same_view(monkeypatch):
     spec = make_spec(pixels="exact")
     data = encode(soft_image(120, 160))

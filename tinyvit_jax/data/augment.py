@@ -14,7 +14,7 @@ only `replay` and `sample_mix` know them.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,8 @@ from tinyvit_jax.data.spec import (
 )
 
 __all__ = ["NO_BOX", "VERSION", "Box", "Spec", "SpecError", "View", "apply_view", "crop_box",
-           "eval_view", "from_dict", "make_spec", "replay", "sample_mix", "sample_view", "to_dict"]
+           "eval_view", "from_dict", "make_spec", "replay", "replay_batch", "sample_mix",
+           "sample_view", "to_dict"]
 
 _ATTEMPTS = 10  # at a crop or an erased rectangle that fits
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
@@ -63,7 +64,7 @@ class View(NamedTuple):
 
 
 def replay(data: bytes, name: str, seed: int, spec: Spec) -> np.ndarray:
-    """Decodes an image and makes the view of a seed: the one function for every spec.
+    """Decodes an image and makes the view of a seed: `replay_batch` for one.
 
     Args:
         data: the file's bytes.
@@ -77,20 +78,46 @@ def replay(data: bytes, name: str, seed: int, spec: Spec) -> np.ndarray:
     Raises:
         ops.ImageError: for bytes that are no image, or not all of one.
     """
-    if spec.spec == "microsoft":
-        return microsoft.replay(data, name, seed, spec)
+    return next(replay_batch([(data, name)], [seed], spec))
+
+
+def replay_batch(images: Sequence[tuple[bytes, str]], seeds: Sequence[int], spec: Spec
+                 ) -> Iterator[np.ndarray]:
+    """Decodes images and makes a view of each: the one function for every spec.
+
+    All views are drawn and placed before the first is decoded. Python that runs on its own finds
+    its code in the core's cache; in between pixels it has to be fetched again for each view.
+
+    Args:
+        images: (the file's bytes, what to call the image in an error) of each.
+        seeds: of the views, as many.
+        spec: the augmentation.
+
+    Yields:
+        uint8 [S, S, 3] of each, S = spec.image_size.
+
+    Raises:
+        ops.ImageError: for bytes that are no image, or not all of one.
+    """
     if spec.spec != "imagenet":
-        return apply_view(ops.decode(data, name), sample_view(seed, spec), spec)
+        for (data, name), seed in zip(images, seeds, strict=True):
+            yield (microsoft.replay(data, name, seed, spec) if spec.spec == "microsoft" else
+                   apply_view(ops.decode(data, name), sample_view(seed, spec), spec))
+        return
     size = spec.image_size
     fast = spec.pixels == "fast"
-    view = _sample_but_crop(seed, spec)
+    views = [_sample_but_crop(seed, spec) for seed in seeds]
+    windows = [ops.find_window(data, name, functools.partial(_place_seeds_crop, seed, view, spec))
+               for (data, name), seed, view in zip(images, seeds, views, strict=True)]
+    for window, view in zip(windows, views, strict=True):
+        pixels = ops.decode_window(window, enough=size if fast else 0)
+        yield _finish(ops.resize(pixels, size, size, fast), view, spec)
 
-    def place(height: int, width: int) -> Box:
-        # Mostly the first attempt fits, and to draw all ten takes as long as all the other draws.
-        return _place_crop(_draw_crops(seed, spec), view, spec, height, width)
 
-    window = ops.decode_window(data, name, place, enough=size if fast else 0)
-    return _finish(ops.resize(window, size, size, fast), view, spec)
+def _place_seeds_crop(seed: int, view: View, spec: Spec, height: int, width: int) -> Box:
+    """The crop of a view that was sampled without one."""
+    # Mostly the first attempt fits, and to draw all ten takes as long as all the other draws.
+    return _place_crop(_draw_crops(seed, spec), view, spec, height, width)
 
 
 def sample_view(seed: int, spec: Spec) -> View:

@@ -47,7 +47,9 @@ class FolderSource:
     def __getitem__(self, i: int) -> Example:
         i = range(len(self))[i]
         key = self._key(i)
-        return Example(key, (self._root / key).read_bytes(), int(self._labels[i]))
+        # Path.read_bytes, its joining of names included, takes twice as long.
+        with open(f"{self._root}/{key}", "rb", buffering=0) as file:
+            return Example(key, file.read(), int(self._labels[i]))
 
     def read(self, indices: Sequence[int]) -> list[Example]:
         """Reads several examples at once, in the order asked for."""

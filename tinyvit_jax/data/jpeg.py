@@ -23,8 +23,9 @@ Box = tuple[int, int, int, int]  # y0, x0, y1, x1; the end is outside
 _SEGMENT = struct.Struct(">BBH")  # 0xFF, kind, length with its own two bytes
 _FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 _SIZE = struct.Struct(">HH")
-_TABLES_AND_NOTES = frozenset((0xC4, 0xDB, 0xFE, *range(0xE0, 0xF0)))
 _BASELINE, _RESTART, _EXIF, _ADOBE, _SCAN = (0xC0, 0xC1), 0xDD, 0xE1, 0xEE, 0xDA
+# Tables, comments and other notes.
+_PASSED_OVER = frozenset((0xC4, 0xDB, 0xFE, *range(0xE0, 0xF0))) - {_EXIF, _ADOBE}
 _SAMPLINGS = (b"\x11", b"\x21", b"\x22", b"\x12")  # of luma, in blocks; colour has one
 _WHOLE_SPECTRUM = b"\x00\x3f\x00"
 _END = b"\xff\xd9"
@@ -72,30 +73,32 @@ def read_header(data: bytes) -> Header | None:
     at, frame, interval, exact = 2, 0, 0, False
     while at + _SEGMENT.size <= len(data):
         mark, kind, length = _SEGMENT.unpack_from(data, at)
-        body = at + _SEGMENT.size
         if mark != 0xFF or length < 2:
             return None
+        body, at = at + _SEGMENT.size, at + 2 + length
+        if kind in _PASSED_OVER:
+            continue
         if kind in _BASELINE and not frame:
             frame = body
         elif kind == _RESTART:
             interval = int.from_bytes(data[body:body + 2], "big")
         elif kind == _SCAN:
-            return _describe(data, frame, interval, body, at + 2 + length, exact)
-        elif kind == _EXIF and data.startswith(b"Exif", body):
-            values = _read_orientations(data, body, at + 2 + length)
+            return _describe(data, frame, interval, body, at, exact)
+        elif kind == _EXIF:
+            values = _read_orientations(data, body, at)
             if values is None:
                 return None
             exact |= 0 in values
-        elif kind not in _TABLES_AND_NOTES or (
-                kind == _ADOBE and _is_not_ycc(data[body:body + 12])):
+        elif kind != _ADOBE or _is_not_ycc(data[body:body + 12]):
             return None
-        at += 2 + length
     return None
 
 
 def _read_orientations(data: bytes, start: int, end: int) -> set[int] | None:
     """The orientations in a note, each 1 = upright or 0 = none given; None if it has another."""
     found: set[int] = set()
+    if not data.startswith(b"Exif", start):
+        return found
     for tag, upright in _ORIENTATIONS:
         values = upright.findall(data, start, end)
         if len(tag.findall(data, start, end)) != len(values):

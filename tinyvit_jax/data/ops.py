@@ -14,6 +14,7 @@ import math
 import statistics
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -52,6 +53,24 @@ class ImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
+class Window(NamedTuple):
+    """What is to be decoded of an image.
+
+    Attributes:
+        data: the file's bytes.
+        name: what to call the image in an error.
+        place: fn(height, width of the image in pixels) -> the window, inside of it.
+        header: of a plain JPEG; None for other images, whose size is known when they are decoded.
+        box: the window, where there is a header.
+    """
+
+    data: bytes
+    name: str
+    place: Callable[[int, int], Box]
+    header: jpeg.Header | None
+    box: Box | None
+
+
 def decode(data: bytes, name: str) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or any other still image that OpenCV reads.
 
@@ -67,17 +86,32 @@ def decode(data: bytes, name: str) -> np.ndarray:
     Raises:
         ImageError: for bytes that are no image, or not all of one.
     """
-    return decode_window(data, name, lambda height, width: (0, 0, height, width))
+    return decode_window(find_window(data, name, lambda height, width: (0, 0, height, width)))
 
 
-def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
-                  enough: int = 0) -> np.ndarray:
-    """Decodes a window of an image: of a plain JPEG little more than is asked for.
+def find_window(data: bytes, name: str, place: Callable[[int, int], Box]) -> Window:
+    """Finds what `decode_window` decodes, as far as a file's first bytes tell.
 
     Args:
         data: the file's bytes.
         name: what to call the image in an error.
         place: fn(height, width of the image in pixels) -> the window, inside of it.
+
+    Raises:
+        ImageError: for no bytes, or a JPEG without its end.
+    """
+    if not data or _jpeg_stops_early(data):
+        raise make_image_error(name, len(data))
+    header = jpeg.read_header(data)
+    box = None if header is None else place(header.height, header.width)
+    return Window(data, name, place, header, box)
+
+
+def decode_window(window: Window, enough: int = 0) -> np.ndarray:
+    """Decodes a window of an image: of a plain JPEG little more than is asked for.
+
+    Args:
+        window: from `find_window`.
         enough: 0, or the fast way for plain JPEGs: where both sides of the window have twice (4, 8
             times) as many pixels, they are decoded at 1/2 (1/4, 1/8) of their size, and the colour
             that pixels share is not blended with their neighbours'.
@@ -91,20 +125,15 @@ def decode_window(data: bytes, name: str, place: Callable[[int, int], Box],
     Raises:
         ImageError: for bytes that are no image, or not all of one.
     """
-    if not data or _jpeg_stops_early(data):
-        raise make_image_error(name, len(data))
-    pixels = ppm.decode(data)
-    if pixels is not None:
-        y0, x0, y1, x1 = place(*pixels.shape[:2])
-        return crop(pixels, y0, x0, y1 - y0, x1 - x0)
-    header = jpeg.read_header(data)
-    if header is not None:
-        box = place(header.height, header.width)
+    data, name, place, header, box = window
+    if header is not None and box is not None:
         enough = 0 if header.exact else enough
-        window = jpeg.decode_window(data, header, box, _find_factor(box, enough), enough > 0)
-        if window is not None:
-            return window
-    image = _decode_by_opencv(data, name)
+        pixels = jpeg.decode_window(data, header, box, _find_factor(box, enough), enough > 0)
+        if pixels is not None:
+            return pixels
+    image = ppm.decode(data)
+    if image is None:
+        image = _decode_by_opencv(data, name)
     y0, x0, y1, x1 = place(*image.shape[:2])
     return crop(image, y0, x0, y1 - y0, x1 - x0)
 

@@ -87,8 +87,9 @@ class Views:
         size = self.spec.image_size
         # Filled row by row: a list of views to stack would hold every pixel twice.
         pixels = np.empty((len(examples), size, size, 3), np.uint8)
-        for row, example, s in zip(pixels, examples, seed.tolist(), strict=True):
-            row[...] = augment.replay(example.image, example.key, s, self.spec)
+        views = augment.replay_batch([(e.image, e.key) for e in examples], seed.tolist(), self.spec)
+        for row, view in zip(pixels, views, strict=True):
+            row[...] = view
         return examples, pixels
 
     def _targets(self, pass_number: np.ndarray, position: np.ndarray, index: np.ndarray,

@@ -184,27 +184,25 @@ def make_turns(sources: dict[str, ImageSource], image_size: int) -> dict[str, Ca
         for label, on, pixels in (("", True, "fast"), (", no RandAugment", False, "fast"),
                                   (", exact pixels", True, "exact")):
             spec = make_spec("imagenet", image_size, on, pixels)
-            turns[name + label] = _make_turn(source, partial(_view_ours, spec=spec))
+            turns[name + label] = _make_turn(source, partial(augment.replay_batch, spec=spec))
     return turns
 
 
-def _view_original(data: bytes, name: str, seed: int, spec: Spec) -> Any:
-    return original_input.make_view(data, seed, spec)
+def _view_original(images: list[tuple[bytes, str]], seeds: list[int], spec: Spec
+                   ) -> Iterator[Any]:
+    return (original_input.make_view(data, seed, spec)
+            for (data, _), seed in zip(images, seeds, strict=True))
 
 
-def _view_ours(data: bytes, name: str, seed: int, spec: Spec) -> np.ndarray:
-    return augment.replay(data, name, seed, spec)
-
-
-def _make_turn(source: ImageSource, view: Callable[[bytes, str, int], Any]) -> Callable[[], int]:
+def _make_turn(source: ImageSource, view: Callable[[list[tuple[bytes, str]], list[int]],
+                                                   Iterator[Any]]) -> Callable[[], int]:
     """A turn of one contender; all have the same order of chunks, and of seeds."""
     chunks = _cycle_chunks(len(source))
 
     def turn() -> int:
         numbers, seeds = next(chunks)
-        for example, seed in zip(source.read(numbers), seeds, strict=True):
-            view(example.image, example.key, seed)
-        return len(numbers)
+        images = [(example.image, example.key) for example in source.read(numbers)]
+        return sum(1 for _ in view(images, seeds))
 
     return turn
 
@@ -258,7 +256,7 @@ class _Clock:
 
 # Stages of each side: the module or table whose function it is, and the function.
 _OUR_STAGES: tuple[tuple[Any, tuple[str, ...], str], ...] = (
-    (ops, ("decode", "decode_window"), "decode"),
+    (ops, ("decode", "find_window", "decode_window"), "decode"),
     (ops, ("crop", "resize"), "crop and resize"),
     (rand_augment.OPERATIONS, tuple(rand_augment.OPERATIONS), "RandAugment"),
     (rand_augment.FAST, tuple(rand_augment.FAST), "RandAugment"))
@@ -271,7 +269,7 @@ _ORIGINAL_STAGES: tuple[tuple[Any, tuple[str, ...], str], ...] = (
 def time_stages(sources: dict[str, ImageSource], settings: Settings) -> list[dict[str, Any]]:
     """Microseconds of a view in each stage: a row for each side and source."""
     cases = [(ORIGINAL, FILES, "microsoft", _view_original, _ORIGINAL_STAGES),
-             *((name, name, "imagenet", _view_ours, _OUR_STAGES) for name in sources)]
+             *((name, name, "imagenet", augment.replay_batch, _OUR_STAGES) for name in sources)]
     runs: list[tuple[str, _Clock, Callable[[], int], Any, list[float]]] = []
     for label, source, kind, view, stages in cases:
         spec = make_spec(kind, settings.image_size)
