@@ -77,3 +77,14 @@ def test_only_this_threads_compilations_count(mesh):
         assert program.count_compilations() == before
         jax.jit(lambda x: x * 4)(np.ones(7))
     assert program.count_compilations() == before + 1
+
+
+@pytest.mark.parametrize("unknown", [{}, {"xla_of_another_year": False}])
+def test_a_program_that_runs_once_gives_the_same(unknown, monkeypatch):
+    def draw(key, scale):
+        return {"w": jax.random.truncated_normal(key, -2, 2, (7, 5)) * scale}
+
+    monkeypatch.setattr(program, "_OLD_EMITTERS", program._OLD_EMITTERS | unknown)
+    key, scale = jax.random.key(3), jnp.float32(0.02)
+    found = program.run_once(draw, key, scale)
+    np.testing.assert_array_equal(found["w"], jax.jit(draw)(key, scale)["w"])

@@ -66,6 +66,21 @@ class Program:
         return result
 
 
+def run_once(function: Any, *arguments: Any) -> Any:
+    """Compiles a function as fast as that goes, not for speed, and calls it.
+
+    On a CPU optimising a program takes several times as long as to run it once without.
+    """
+    lowered = jax.jit(function).lower(*arguments)
+    if jax.default_backend() != "cpu":
+        return lowered.compile()(*arguments)
+    try:
+        compiled = lowered.compile(compiler_options=_UNOPTIMISED | _OLD_EMITTERS)
+    except jax.errors.JaxRuntimeError:  # an XLA that has no others any more, as that of jax 0.12
+        compiled = lowered.compile(compiler_options=_UNOPTIMISED)
+    return compiled(*arguments)
+
+
 def _compare(expected: Any, found: Any) -> str:
     """Which arrays differ in shape, type or place from what was expected."""
     def describe(tree: Any) -> dict[str, str]:
@@ -79,6 +94,8 @@ def _compare(expected: Any, found: Any) -> str:
     return "; ".join(differing[:4]) or "no array has another shape"
 
 
+_UNOPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 0}
+_OLD_EMITTERS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}  # compile in half the time
 _built: dict[int, int] = {}  # thread -> programs built there
 
 

@@ -36,7 +36,13 @@ from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import AnyOrder, Order
 from tinyvit_jax.matching import check_replay, check_store, record_store
 from tinyvit_jax.packing import make_packing
-from tinyvit_jax.program import Program, compiling, count_compilations, describe_arrays
+from tinyvit_jax.program import (
+    Program,
+    compiling,
+    count_compilations,
+    describe_arrays,
+    run_once,
+)
 from tinyvit_jax.resume import record_config
 from tinyvit_jax.store import store as stores
 
@@ -114,11 +120,8 @@ def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable,
             m.class_names) else ()
         loaded = weights.load_weights(m.init_from, model, "new", class_names, trained_names=known)
         return jax.jit(lambda variables: _first_state(config, variables, make_tx))(loaded)
-    # It runs once: on a CPU, optimising it costs four times what it takes without.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    init = jax.jit(lambda key: _first_state(config, _init_variables(model, key), make_tx),
-                   compiler_options=options)
-    return init(jax.random.key(config.seed))
+    return run_once(lambda key: _first_state(config, _init_variables(model, key), make_tx),
+                    jax.random.key(config.seed))
 
 
 def _init_variables(model, key: jax.Array) -> dict:

@@ -224,12 +224,11 @@ def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], floa
     import jax
     import jax.numpy as jnp
 
+    from tinyvit_jax.program import run_once
+
     shape = (batch, model.image_size, model.image_size, 3)
     images = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
-    # It runs once; optimising it would take as long as compiling what is measured.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    variables = jax.jit(partial(model.init, train=False), compiler_options=options)(
-        jax.random.key(0), images[:1])
+    variables = run_once(partial(model.init, train=False), jax.random.key(0), images[:1])
     began = time.perf_counter()
     apply = jax.jit(partial(model.apply, train=False)).lower(variables, images).compile()
     compiled = time.perf_counter() - began
