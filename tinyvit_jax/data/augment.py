@@ -8,7 +8,7 @@ hangs on a Spec, which a store keeps and training compares field by field.
 Frozen: a change that moves a draw or a pixel is a new VERSION.
 
 The spec "microsoft" is the one exception: its views are the original's, in data/microsoft.py, and
-only `replay` and `sample_mix` know them.
+only `replay_batch` and `sample_mix` know them.
 """
 
 import functools
