@@ -21,7 +21,7 @@ from tiny_clip import (
     write_file,
 )
 
-from tinyvit_jax import matching, mix, optim, recipe, teachers, train, weights
+from tinyvit_jax import matching, mix, recipe, teachers, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import clip as convert
 from tinyvit_jax.convert import files, tree
@@ -213,11 +213,8 @@ def learn(config, data, store, updates=4):
     batch = pipeline.Views(data.train, views.spec, data.order, store).read(np.arange(8))
     mesh, model = meshes.make_mesh(), make_small(depths=(1,))
 
-    def make_tx(params):
-        return optim.make_optimizer(config.optim, params)
-
-    state = train.init_state(config, model, make_tx)
-    step = train.make_train_step(config, model, make_tx(state.params), lambda step: 1e-3, mesh)
+    state = train.init_state(config, model)
+    step = train.make_train_step(config, model, lambda step: 1e-3, mesh)
     losses = []
     for _ in range(updates):
         state, metrics = step(state, meshes.put_batch(batch, mesh))

@@ -42,11 +42,11 @@ def our_losses(config, model, variables, batches):
     """The losses and gradient norms of `make_train_step`."""
     mesh = meshes.make_mesh()
     schedule = optim.make_schedule(config.optim, 8, UPDATES, WARMUP / config.optim.warmup_epochs)
-    tx = optim.make_optimizer(config.optim, variables["params"])
-    zero = np.zeros((), np.int32)
-    state = meshes.put_state(train.State(zero, variables["params"], variables["batch_stats"],
-                                         tx.init(variables["params"]), {}, zero), mesh)
-    step = train.make_train_step(config, model, tx, schedule, mesh)
+    params, zero = variables["params"], np.zeros((), np.int32)
+    opt_state = optim.make_optimizer(config.optim).init(optim.pack_by_decay(params).pack(params))
+    state = meshes.put_state(train.State(zero, params, variables["batch_stats"], opt_state, {},
+                                         zero), mesh)
+    step = train.make_train_step(config, model, schedule, mesh)
     rows = []
     for batch in batches:
         state, metrics = step(state, meshes.put_batch(batch, mesh))

@@ -22,7 +22,6 @@ from tinyvit_jax import (
     measure,
     memory,
     mix,
-    optim,
     program,
     recipe,
     resume,
@@ -283,7 +282,7 @@ class Judge:
 
 def test_nothing_waits_for_a_teacher_of_ours(folder, workdir, tmp_path, monkeypatch):
     """The host reads no array between two log lines, and each batch has its answers in time."""
-    def make_train_step(config, model, tx, schedule, mesh):
+    def make_train_step(config, model, schedule, mesh):
         def step(state, batch):
             said = jnp.exp(batch["log_prob"]).sum(-1).mean()
             return (state._replace(step=state.step + 1),
@@ -352,11 +351,8 @@ def test_the_head_of_a_distillation_token_learns_from_the_teacher(folder, workdi
     log_prob = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 8)).astype(np.float32)
 
     def update(batch):
-        def make_tx(params):
-            return optim.make_optimizer(c.optim, params)
-
-        state = meshes.put_state(train.init_state(c, model, make_tx), mesh)
-        step = train.make_train_step(c, model, make_tx(state.params), lambda s: 0.01, mesh)
+        state = meshes.put_state(train.init_state(c, model), mesh)
+        step = train.make_train_step(c, model, lambda s: 0.01, mesh)
         return step(state, batch)
 
     first, metrics = update({**batch, "log_prob": jnp.asarray(log_prob)})

@@ -114,19 +114,21 @@ def test_updates_follow_torch_adamw(clip):
              "bias": g.normal(size=3).astype(np.float32)}
     c = section(learning_rate=0.01, weight_decay=0.1, clip_norm=clip)
     tree = {"head": jax.tree.map(jnp.asarray, start)}
-    tx = optim.make_optimizer(c, tree)
-    state = tx.init(tree)
+    tx, packing = optim.make_optimizer(c), optim.pack_by_decay(tree)
+    vectors = packing.pack(tree)
+    state = tx.init(vectors)
     own = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
     adam = torch.optim.AdamW([{"params": [own["kernel"]], "weight_decay": 0.1},
                               {"params": [own["bias"]], "weight_decay": 0.0}], lr=0.01, eps=1e-8)
     for _ in range(10):
         grads = {k: g.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
-        updates, state = tx.update({"head": grads}, state, tree)
-        tree = optax.apply_updates(tree, jax.tree.map(lambda u: -0.01 * u, updates))
+        updates, state = tx.update(packing.pack({"head": grads}), state, vectors)
+        vectors = optax.apply_updates(vectors, jax.tree.map(lambda u: -0.01 * u, updates))
         for k, p in own.items():
             p.grad = torch.tensor(grads[k])
         if clip:
             torch.nn.utils.clip_grad_norm_(own.values(), clip)
         adam.step()
+    after = packing.unpack(vectors)["head"]
     for k, p in own.items():
-        np.testing.assert_allclose(tree["head"][k], p.detach().numpy(), atol=2e-6)
+        np.testing.assert_allclose(after[k], p.detach().numpy(), atol=2e-6)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tinyvit_jax import checkpoint, evaluate, log, measure, optim, train, weights
+from tinyvit_jax import checkpoint, evaluate, log, measure, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import tree
 from tinyvit_jax.data import augment, pipeline
@@ -72,11 +72,8 @@ def step_once(config, data, batch):
     def schedule(step):
         return 0.01
 
-    def make_tx(params):
-        return optim.make_optimizer(config.optim, params)
-
-    state = meshes.put_state(train.init_state(config, model, make_tx), mesh)
-    step = train.make_train_step(config, model, make_tx(state.params), schedule, mesh)
+    state = meshes.put_state(train.init_state(config, model), mesh)
+    step = train.make_train_step(config, model, schedule, mesh)
     return step(state, meshes.put_batch(batch, mesh))
 
 
@@ -112,7 +109,7 @@ def test_fine_tuning_the_head_alone(folder, tmp_path, monkeypatch):
     c = make_config(folder, **{"model.trainable": "head", "optim.weight_decay": 0.5})
     data = train.open_data(c)
     model = train.make_student(c, data)
-    state = train.init_state(c, model, lambda p: optim.make_optimizer(c.optim, p))
+    state = train.init_state(c, model)
     start = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     c.model.init_from = str(tmp_path / "start")
     weights.save_trained(weights.Trained(model, start, data.train.class_names, c.data.mean,
@@ -140,7 +137,7 @@ def test_a_non_finite_update_is_skipped(folder):
     batch = one_batch(c, data)
     batch["lam"] = np.full(4, np.nan, np.float32)
     model = train.make_student(c, data)
-    before = train.init_state(c, model, lambda p: optim.make_optimizer(c.optim, p))
+    before = train.init_state(c, model)
     after = step_once(c, data, one_batch(c, data))[0]
     state, metrics = step_once(c, data, batch)
     assert int(state.step) == 1
@@ -176,7 +173,7 @@ class Judge:
 @pytest.fixture
 def quick(folder, monkeypatch):
     """A run whose update and evaluation compile at once: what is tested is the loop around them."""
-    def make_train_step(config, model, tx, schedule, mesh):
+    def make_train_step(config, model, schedule, mesh):
         def step(state, batch):
             pixels = batch["image"].mean(dtype=jnp.float32)
             params = jax.tree.map(lambda p: p + pixels, state.params)

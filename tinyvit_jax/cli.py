@@ -90,8 +90,10 @@ def keep_freed_memory() -> None:
     XLA asks for the working memory of a program anew at every call, and the kernel clears each page
     of it again: a third of a training step on a CPU. So memory that was freed is kept and used
     again, in pages of 2 MB, and all of it is in one arena: the others consist of heaps of 64 MB,
-    which go back to the kernel when they are empty, whatever the settings say. glibc is told before
-    a process begins; other C libraries, and for the pages one older than 2.35, pass over it.
+    which go back to the kernel when they are empty, whatever the settings say. Threads that compile
+    would wait for each other there, so each keeps small pieces that it freed, up to 500 of a size
+    instead of 7. glibc is told before a process begins; other C libraries, and for the pages one
+    older than 2.35, pass over it.
 
     Only for a process that is a command, as the first thing: what it did before is done again.
     """
@@ -105,7 +107,8 @@ def keep_freed_memory() -> None:
 
 
 _KEEPING_MEMORY = ("glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={1 << 46}",
-                   "glibc.malloc.hugetlb=1", "glibc.malloc.arena_max=1")
+                   "glibc.malloc.hugetlb=1", "glibc.malloc.arena_max=1",
+                   "glibc.malloc.tcache_count=500")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -35,7 +35,7 @@ def default() -> ml_collections.ConfigDict:
     # Threads that prepare batches, in each worker; 0 = the cores that this process may use, shared
     # out among the workers
     d.threads = 0
-    d.prefetch = 2  # batches kept ready for each thread
+    d.prefetch = 0  # batches kept ready for each thread; 0 = two, and in training more small ones
     # The whole set, decoded, in the memory of each device, and its views made there: for small sets
     # with augment.spec=small, whose updates then follow each other without the host
     d.resident = False
@@ -230,7 +230,7 @@ def check(config: ml_collections.ConfigDict) -> None:
                          ("teacher", "batch_size"), ("checkpoint", "keep_last")):
         need(c[section][key] >= 1, f"{section}.{key}", c[section][key], "a whole number >= 1")
     need(c.log_every >= 1, "log_every", c.log_every, "a whole number >= 1")
-    for section, key, low in (("data", "prefetch", 1), ("data", "workers", 0),
+    for section, key, low in (("data", "prefetch", 0), ("data", "workers", 0),
                               ("data", "threads", 0), ("augment", "pad", 0),
                               ("eval", "image_size", 0), ("model", "image_size", 0),
                               ("teacher", "image_size", 0),

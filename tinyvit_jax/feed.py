@@ -23,6 +23,9 @@ from tinyvit_jax.meter import Meter
 from tinyvit_jax.program import Program, describe_arrays
 from tinyvit_jax.teachers import Teacher
 
+# Bytes of batches kept ready for each thread: small ones are gone in no time, and for the half
+# second in which a checkpoint is written the threads hardly get to work.
+_READY = 1 << 21
 _UNDER_WAY = 2  # updates given to the devices and not done: one at work, one that follows at once
 
 
@@ -77,6 +80,8 @@ class Streamed:
         self.batches = pipeline.TrainBatches(run.views, run.config.train.batch_size, rows,
                                              run.steps)
         shapes = describe_batch(self.batches, run.start, run.mesh)
+        own_bytes = memory.count_bytes(shapes) * jax.local_device_count()
+        self._prefetch = run.config.data.prefetch or max(2, _READY // own_bytes)
         self.teaching = live.Teaching(teacher, run.config.objective.name == "live_teacher", shapes,
                                       run.classes, run.mesh, run.compiler, run.title)
         self.update = Program(step_fn, (like, self.teaching.shapes), run.compiler,
@@ -86,7 +91,7 @@ class Streamed:
         """Starts preparing batches, and the clock."""
         d = self.run.config.data
         self._stream = pipeline.batch_stream(self.batches, self.run.start, threads=d.threads,
-                                             workers=d.workers, prefetch=d.prefetch)
+                                             workers=d.workers, prefetch=self._prefetch)
         self._meter = _make_meter(self.run, workdir)
         return self._meter
 

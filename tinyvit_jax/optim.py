@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from tinyvit_jax.packing import make_packing
+from tinyvit_jax import packing
 
 
 def make_schedule(config: ml_collections.ConfigDict, batch_size: int, steps: int,
@@ -138,8 +138,12 @@ def make_factors(config: ml_collections.ConfigDict, params: dict, depths: Sequen
     return factors
 
 
-def make_optimizer(config: ml_collections.ConfigDict, params: dict
-                   ) -> optax.GradientTransformation:
+def pack_by_decay(params: dict) -> packing.Packing:
+    """The vectors that the optimiser sees in place of a model's parameters, or of their shapes."""
+    return packing.make_packing(params, decay_mask(params))
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Clip by the global norm, Adam, decoupled weight decay.
 
     Learning rate and factors are not part of it: they are functions of the run's step, which goes
@@ -147,24 +151,15 @@ def make_optimizer(config: ml_collections.ConfigDict, params: dict
 
     Args:
         config: the `optim` section.
-        params: the model's parameters (their names and shapes only).
 
     Returns:
-        An optax transformation; its update times the negative learning rate is to be added. Its
-        state is of a few long vectors (packing.py) and not of an array for each parameter.
+        An optax transformation of the vectors of `pack_by_decay`; its update times the negative
+        learning rate is to be added.
     """
-    packing = make_packing(params, decay_mask(params))
+    def decayed(vectors: dict) -> dict[str, bool]:
+        return {name: name == "decayed" for name in vectors}
+
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    inner = optax.chain(
-        *parts, optax.scale_by_adam(*config.betas, eps=config.eps), optax.add_decayed_weights(
-            config.weight_decay, mask={name: name == "decayed" for name in packing.names}))
-
-    def init(params: dict):
-        return inner.init(packing.pack(params))
-
-    def update(updates: dict, state, params: dict | None = None):
-        assert params is not None
-        vectors, state = inner.update(packing.pack(updates), state, packing.pack(params))
-        return packing.unpack(vectors), state
-
-    return optax.GradientTransformation(init, update)
+    return optax.chain(
+        *parts, optax.scale_by_adam(*config.betas, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed))

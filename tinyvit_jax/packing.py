@@ -2,6 +2,7 @@
 
 An update does the same few sums for every parameter. Written array by array they are a thousand
 small kernels, which on a CPU take longer to compile than the model; on long vectors they are ten.
+So from gradients to new parameters everything is done on vectors.
 """
 
 import math
@@ -33,9 +34,11 @@ class Packing(NamedTuple):
             arrays.append(vectors[name][start:used[name]].reshape(shape))
         return self.tree.unflatten(arrays)
 
-    def norm(self, tree: Any) -> jax.Array:
-        """The Euclidean length of all the arrays together, float32."""
-        return jnp.sqrt(sum(jnp.square(x).sum() for x in self.pack(tree).values()))
+    def spread(self, numbers: Any) -> dict[str, jax.Array]:
+        """A tree of one number for each array, as vectors with that number for each element."""
+        filled = [jnp.broadcast_to(number, shape) for number, shape in zip(
+            self.tree.flatten_up_to(numbers), self.shapes, strict=True)]
+        return self.pack(self.tree.unflatten(filled))
 
 
 def make_packing(params: Any, decayed: Any) -> Packing:

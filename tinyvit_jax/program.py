@@ -76,8 +76,10 @@ def run_once(function: Any, *arguments: Any) -> Any:
         return lowered.compile()(*arguments)
     try:
         compiled = lowered.compile(compiler_options=_UNOPTIMISED | _OLD_EMITTERS)
-    except jax.errors.JaxRuntimeError:  # an XLA that has no others any more, as that of jax 0.12
-        compiled = lowered.compile(compiler_options=_UNOPTIMISED)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        compiled = lowered.compile(compiler_options=_UNOPTIMISED)  # jax 0.12 offers no choice
     return compiled(*arguments)
 
 

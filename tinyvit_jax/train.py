@@ -35,7 +35,6 @@ from tinyvit_jax.config import mixes
 from tinyvit_jax.data import augment, images, pipeline
 from tinyvit_jax.data.order import AnyOrder, Order
 from tinyvit_jax.matching import check_replay, check_store, record_store
-from tinyvit_jax.packing import make_packing
 from tinyvit_jax.program import (
     Program,
     compiling,
@@ -111,16 +110,16 @@ def count_steps(config: ml_collections.ConfigDict, views: int) -> tuple[int, flo
     return max(1, round(config.train.epochs * per_epoch)), per_epoch
 
 
-def init_state(config: ml_collections.ConfigDict, model, make_tx: Callable,
-               class_names: tuple[str, ...] = ()) -> State:
+def init_state(config: ml_collections.ConfigDict, model, class_names: tuple[str, ...] = ()
+               ) -> State:
     """The state before the first update, from `model.init_from` or from the seed."""
     m = config.model
     if m.init_from:
         known = heads.read_class_names(m.class_names, imagenet_names=class_names) if (
             m.class_names) else ()
         loaded = weights.load_weights(m.init_from, model, "new", class_names, trained_names=known)
-        return jax.jit(lambda variables: _first_state(config, variables, make_tx))(loaded)
-    return run_once(lambda key: _first_state(config, _init_variables(model, key), make_tx),
+        return jax.jit(lambda variables: _first_state(config, variables))(loaded)
+    return run_once(lambda key: _first_state(config, _init_variables(model, key)),
                     jax.random.key(config.seed))
 
 
@@ -130,17 +129,18 @@ def _init_variables(model, key: jax.Array) -> dict:
     return model.init(key, image, train=False)
 
 
-def _first_state(config: ml_collections.ConfigDict, variables: dict, make_tx: Callable) -> State:
+def _first_state(config: ml_collections.ConfigDict, variables: dict) -> State:
     params, zero = variables["params"], jnp.zeros((), jnp.int32)
-    return State(zero, params, variables["batch_stats"], make_tx(params).init(params),
+    vectors = optim.pack_by_decay(params).pack(params)
+    return State(zero, params, variables["batch_stats"],
+                 optim.make_optimizer(config.optim).init(vectors),
                  params if config.optim.ema else {}, zero)
 
 
-def describe_state(config: ml_collections.ConfigDict, model, make_tx: Callable, mesh: Mesh
-                   ) -> State:
+def describe_state(config: ml_collections.ConfigDict, model, mesh: Mesh) -> State:
     """The shapes of the state, on every device, without computing it."""
     shapes = jax.eval_shape(
-        lambda key: _first_state(config, _init_variables(model, key), make_tx),
+        lambda key: _first_state(config, _init_variables(model, key)),
         jax.random.key(config.seed))
     return describe_arrays(shapes, meshes.replicated(mesh))
 
@@ -151,18 +151,17 @@ def make_objective(config: ml_collections.ConfigDict, model) -> Callable:
                                      config.store.tail, models.has_distillation_token(model))
 
 
-def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.GradientTransformation,
-                    schedule: Callable, mesh: Mesh) -> Callable:
+def make_train_step(config: ml_collections.ConfigDict, model, schedule: Callable, mesh: Mesh
+                    ) -> Callable:
     """The compiled update: fn(state, batch) -> (state, metrics), state donated.
 
     Args:
         config: of the run.
         model: the student.
-        tx: from `optim.make_optimizer`.
         schedule: step -> learning rate.
         mesh: over which batches are cut.
     """
-    objective = make_objective(config, model)
+    objective, optimizer = make_objective(config, model), optim.make_optimizer(config.optim)
     parts, decay = config.train.accumulate, config.optim.ema
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     seed, trainable = config.seed, config.model.trainable
@@ -202,28 +201,31 @@ def make_train_step(config: ml_collections.ConfigDict, model, tx: optax.Gradient
     def train_step(state: State, batch: dict) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, batch_stats, metrics = summed_gradient(state, batch, key)
-        packing = make_packing(state.params, optim.decay_mask(state.params))
-        grad_norm = packing.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        packing = optim.pack_by_decay(state.params)
+        grads, params = packing.pack(grads), packing.pack(state.params)
+        averaged = packing.pack(state.ema) if decay else {}
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
         rate = schedule(state.step)
         factors = optim.make_factors(config.optim, state.params, model.depths, trainable)
         if factors is not None:
-            updates = jax.tree.map(jnp.multiply, updates, factors(state.step))
+            updates = jax.tree.map(jnp.multiply, updates, packing.spread(factors(state.step)))
         updates = jax.tree.map(lambda u: -rate * u, updates)
-        params = optax.apply_updates(state.params, updates)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if (
+        moved = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, averaged, moved) if (
             decay) else {}
         # A non-finite gradient must not reach the weights; the step still counts.
         good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
-        old = (state.params, state.batch_stats, state.opt_state, state.ema)
         kept = jax.tree.map(lambda new, before: jnp.where(good, new, before),
-                            (params, batch_stats, opt_state, ema), old)
+                            (moved, batch_stats, opt_state, ema),
+                            (params, state.batch_stats, state.opt_state, averaged))
         skipped = jnp.where(good, 0, state.skipped + 1).astype(jnp.int32)
         metrics |= {"learning_rate": rate, "gradient_norm": grad_norm,
-                    "parameter_norm": packing.norm(state.params),
-                    "update_norm": packing.norm(updates), "skipped": skipped}
-        kept_params, kept_stats, kept_opt, kept_ema = kept
-        return State(state.step + 1, kept_params, kept_stats, kept_opt, kept_ema, skipped), metrics
+                    "parameter_norm": optax.global_norm(params),
+                    "update_norm": optax.global_norm(updates), "skipped": skipped}
+        moved, batch_stats, opt_state, ema = kept
+        return State(state.step + 1, packing.unpack(moved), batch_stats, opt_state,
+                     packing.unpack(ema) if decay else {}, skipped), metrics
 
     whole = meshes.replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
@@ -278,9 +280,6 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
     steps, per_epoch = count_steps(config, data.order.views_per_epoch)
     schedule = optim.make_schedule(config.optim, config.train.batch_size, steps, per_epoch)
 
-    def make_tx(params):
-        return optim.make_optimizer(config.optim, params)
-
     with checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last,
                                 config.checkpoint.keep_best) as checkpoints, \
             compiling() as compiler:
@@ -288,18 +287,18 @@ def fit(config: ml_collections.ConfigDict, workdir: Path, data: Data,
         if done is not None and checkpoints.latest == steps:
             return done
         start = checkpoints.latest or 0
-        like = describe_state(config, model, make_tx, mesh)
+        like = describe_state(config, model, mesh)
         feed = feeds.open_feed(
             feeds.Run(config, pipeline.Views(data.train, spec, data.order, store,
                                              config.store.passes, config.store.top_k),
                       steps, start, len(data.train.class_names), mesh, compiler, title),
-            like, make_train_step(config, model, make_tx(like.params), schedule, mesh), teacher)
+            like, make_train_step(config, model, schedule, mesh), teacher)
         if start:
             state = State(**checkpoints.restore(start, like._asdict()))
             log.logger.info("%s: resumed at update %d of %d", title, start, steps)
         else:
-            state = meshes.put_state(init_state(config, model, make_tx,
-                                                tuple(data.train.class_names)), mesh)
+            state = meshes.put_state(init_state(config, model, tuple(data.train.class_names)),
+                                     mesh)
         if jax.process_index() == 0:
             log.write_json(workdir / "model.json", weights.describe(weights.Trained(
                 model, {}, data.train.class_names, config.data.mean, config.data.std,

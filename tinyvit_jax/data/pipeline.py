@@ -174,7 +174,7 @@ def import_grain() -> None:
 
 
 def batch_stream(batches, start: int = 0, *, threads: int = 0, workers: int = 0,
-                 prefetch: int = 2) -> Iterator[Batch]:
+                 prefetch: int = 0) -> Iterator[Batch]:
     """Iterates over batches from number `start`, prepared ahead by threads or processes.
 
     Args:
@@ -183,10 +183,11 @@ def batch_stream(batches, start: int = 0, *, threads: int = 0, workers: int = 0,
         threads: threads in each process; 0 = one for each CPU core that this process may use,
             shared out among the workers where there are any.
         workers: processes beside this one; 0 = none.
-        prefetch: batches kept ready for each thread.
+        prefetch: batches kept ready for each thread; 0 = 2.
     """
     import grain
 
+    prefetch = prefetch or 2
     threads = threads or cores.count_cores(max(workers, 1))
     dataset = grain.MapDataset.source(batches)[start:]
     stream = dataset.to_iter_dataset(

@@ -337,17 +337,14 @@ def make_steps(case: Case, store: Any, teacher: Any = None, mixed: bool = False)
     stream: Iterator = pipeline.batch_stream(batches, threads=config.data.threads,
                                              prefetch=config.data.prefetch)
 
-    def make_tx(params: Any) -> Any:
-        return optim.make_optimizer(config.optim, params)
-
-    state = meshes.put_state(train.init_state(config, model, make_tx), mesh)
-    step: Any = train.make_train_step(config, model, make_tx(state.params),
-                                      optim.make_schedule(config.optim, batch, 10_000, 100.0), mesh)
+    schedule = optim.make_schedule(config.optim, batch, 10_000, 100.0)
+    state = meshes.put_state(train.init_state(config, model), mesh)
+    step: Any = train.make_train_step(config, model, schedule, mesh)
     with compiling() as compiler:
         teaching = live.Teaching(teacher, teacher is not None, feed.describe_batch(
             batches, 0, mesh), case.classes, mesh, compiler, "benchmark")
         teaching.add_memory(memory.Memory(0, 0, 0, 0))  # waits until it is compiled
-    held, shapes = [state], train.describe_state(config, model, make_tx, mesh)
+    held, shapes = [state], train.describe_state(config, model, mesh)
 
     def take(steps: int) -> None:
         losses: list[Any] = []

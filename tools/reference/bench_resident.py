@@ -198,12 +198,9 @@ def _make_training(case: Case) -> Callable[[int], None]:
     batch_of = resident.make_batches(spec, order, config.train.batch_size, mesh)
     arrays = meshes.put_state(resident.read_arrays(case.source, spec.image_size), mesh)
 
-    def make_tx(params: Any) -> Any:
-        return optim.make_optimizer(config.optim, params)
-
-    state = meshes.put_state(train.init_state(config, model, make_tx), mesh)
+    state = meshes.put_state(train.init_state(config, model), mesh)
     schedule = optim.make_schedule(config.optim, config.train.batch_size, 10_000, 100.0)
-    step = train.make_train_step(config, model, make_tx(state.params), schedule, mesh)
+    step = train.make_train_step(config, model, schedule, mesh)
     update, held = resident.make_update(step, batch_of, mesh), [state]
 
     def turn(steps: int) -> None:

@@ -262,13 +262,9 @@ def _make_training(model: Any, batch: int) -> tuple[Callable[[int], None], float
         "label": generator.integers(0, model.num_classes, batch).astype(np.int32),
         "weight": np.ones(batch, np.float32)}, mesh)
 
-    def make_tx(params: Any) -> Any:
-        return optim.make_optimizer(config.optim, params)
-
-    state = meshes.put_state(train.init_state(config, model, make_tx), mesh)
+    state = meshes.put_state(train.init_state(config, model), mesh)
     step: Any = train.make_train_step(
-        config, model, make_tx(state.params),
-        optim.make_schedule(config.optim, batch, 10_000, 100.0), mesh)
+        config, model, optim.make_schedule(config.optim, batch, 10_000, 100.0), mesh)
     began = time.perf_counter()
     step = step.lower(state, data).compile()
     compiled = time.perf_counter() - began

@@ -108,11 +108,8 @@ def lower_train(config: ml_collections.ConfigDict, mesh: Mesh) -> jax.stages.Low
     model = make_model(config)
     schedule = optim.make_schedule(config.optim, config.train.batch_size, 100_000, 1000.0)
 
-    def make_tx(params):
-        return optim.make_optimizer(config.optim, params)
-
-    state = train.describe_state(config, model, make_tx, mesh)
-    step: Any = train.make_train_step(config, model, make_tx(state.params), schedule, mesh)
+    state = train.describe_state(config, model, mesh)
+    step: Any = train.make_train_step(config, model, schedule, mesh)
     return step.lower(state, describe_batch(config, model, mesh))
 
 
