@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tiny
 
-from tinyvit_jax import checkpoint, feed, log, resident, train
+from tinyvit_jax import checkpoint, feed, log, program, recipe, resident, train
 from tinyvit_jax import config as configs
+from tinyvit_jax import mesh as meshes
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,25 @@ def test_what_cannot_live_there_is_refused_before_anything_runs(folder, tmp_path
     assert not (tmp_path / "metrics.jsonl").exists()
     c.update_from_flattened_dict({"augment.erase": 0.0, "augment.rand_augment": ""})
     assert fit(c, tmp_path)["steps"]  # what the error advised, in the same workdir
+
+
+@pytest.mark.parametrize(("changes", "ready"), [
+    ({}, 0),  # 2 MiB of them
+    ({"model.image_size": 320, "train.batch_size": 12}, 2),
+    ({"data.prefetch": 3}, 3),
+])
+def test_more_batches_are_kept_ready_where_they_are_small(folder, tmp_path, monkeypatch, changes,
+                                                          ready):
+    told = []
+    monkeypatch.setattr(feed.pipeline, "batch_stream", lambda *_, prefetch, **__: told.append(
+        prefetch))
+    c = make_config(folder, **{"data.resident": False, "model.image_size": 24, **changes})
+    views = recipe.make_views(c, train.open_data(c))
+    batch = views.read(np.arange(c.train.batch_size))
+    with program.compiling() as compiler:
+        run = feed.Run(c, views, 6, 0, 3, meshes.make_mesh(), compiler, "")
+        feed.Streamed(run, {}, jax.jit(lambda state, batch: (state, batch)), None).open(tmp_path)
+    assert told == [ready or (2 << 20) // sum(x.nbytes for x in batch.values())]
 
 
 def test_grain_is_there_before_threads_compile(monkeypatch):

@@ -88,3 +88,17 @@ def test_a_program_that_runs_once_gives_the_same(unknown, monkeypatch):
     key, scale = jax.random.key(3), jnp.float32(0.02)
     found = program.run_once(draw, key, scale)
     np.testing.assert_array_equal(found["w"], jax.jit(draw)(key, scale)["w"])
+
+
+def test_another_error_of_xla_is_not_taken_for_an_unknown_option(monkeypatch):
+    tried = []
+
+    class Traced:
+        def compile(self, compiler_options):
+            tried.append(compiler_options)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax, "jit", lambda function: type("", (), {"lower": lambda *_: Traced()}))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        program.run_once(None)
+    assert len(tried) == 1

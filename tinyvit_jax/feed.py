@@ -80,8 +80,7 @@ class Streamed:
         self.batches = pipeline.TrainBatches(run.views, run.config.train.batch_size, rows,
                                              run.steps)
         shapes = describe_batch(self.batches, run.start, run.mesh)
-        own_bytes = memory.count_bytes(shapes) * jax.local_device_count()
-        self._prefetch = run.config.data.prefetch or max(2, _READY // own_bytes)
+        self._prefetch = run.config.data.prefetch or count_ready(shapes)
         self.teaching = live.Teaching(teacher, run.config.objective.name == "live_teacher", shapes,
                                       run.classes, run.mesh, run.compiler, run.title)
         self.update = Program(step_fn, (like, self.teaching.shapes), run.compiler,
@@ -169,6 +168,11 @@ class Resident:
 def _make_meter(run: Run, workdir: Path) -> Meter:
     return Meter(run.title, run.config.train.batch_size, run.steps,
                  log.last_seconds(workdir / "metrics.jsonl"))
+
+
+def count_ready(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
+    """Batches of these shapes to keep ready for each thread: two, or more of small ones."""
+    return max(2, _READY // (memory.count_bytes(shapes) * jax.local_device_count()))
 
 
 def describe_batch(batches: pipeline.TrainBatches, start: int, mesh: Mesh
