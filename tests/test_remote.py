@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-import test_store
+import tiny_store
 
 from tinyvit_jax.store import remote
 from tinyvit_jax.store import store as stores
@@ -66,17 +66,17 @@ def copies(bucket):
 
 def test_a_store_in_a_bucket_is_a_store(url, tmp_path):
     place = Remote(url, str(tmp_path))
-    store = stores.create_store(place, test_store.make_manifest(codec="float16"))
+    store = stores.create_store(place, tiny_store.make_manifest(codec="float16"))
     assert len(store.missing()) == 6
-    test_store.fill(store)
+    tiny_store.fill(store)
     assert store.missing() == []
     assert store.verify() == []
     for start in range(0, 45, 5):
-        test_store.check_range(store, 1, start, 45)
+        tiny_store.check_range(store, 1, start, 45)
     other = stores.open_store(Remote(url, str(tmp_path / "other machine")))
     assert other.manifest == store.manifest
     assert other.path == url
-    test_store.check_range(pickle.loads(pickle.dumps(other)), 0, 3, 44)
+    tiny_store.check_range(pickle.loads(pickle.dumps(other)), 0, 3, 44)
     assert other.bytes_per_view() == store.bytes_per_view() > 0
     grown = stores.create_store(url, dataclasses.replace(store.manifest, passes=3))
     assert [s.pass_number for s in grown.missing()] == [2, 2, 2]
@@ -289,12 +289,12 @@ def test_a_store_on_an_s3_server(tmp_path, monkeypatch):
         assert place.names() == set()
         with pytest.raises(stores.StoreError, match="no store at s3://bucket/store"):
             stores.open_store(place)
-        store = test_store.fill(stores.create_store(place, test_store.make_manifest(
+        store = tiny_store.fill(stores.create_store(place, tiny_store.make_manifest(
             codec="float16")))
         assert store.verify() == []
         fresh = stores.open_store(Remote("s3://bucket/store", str(tmp_path / "other")))
         assert fresh.missing() == []
-        test_store.check_range(fresh, 1, 2, 44)
+        tiny_store.check_range(fresh, 1, 2, 44)
         won = []
         threads = [threading.Thread(target=lambda i=i: won.append(
             place.create("claims/a", str(i).encode()))) for i in range(8)]
@@ -304,7 +304,7 @@ def test_a_store_on_an_s3_server(tmp_path, monkeypatch):
             thread.join()
         assert sorted(won) == [False] * 7 + [True]
         shard = store.shards()[0]
-        store.write_shard(shard, [(k, i, p / 2) for k, i, p in test_store.blocks(store, shard)])
+        store.write_shard(shard, [(k, i, p / 2) for k, i, p in tiny_store.blocks(store, shard)])
         assert stores.open_store(fresh.place).read(0, 0, 1)[1][0, 0] == 0.25
     finally:
         at_work.stop()
