@@ -132,7 +132,7 @@ def test_fine_tuning_the_head_alone(folder, tmp_path, monkeypatch):
 
 
 def test_a_non_finite_update_is_skipped(folder):
-    c = make_config(folder, **{"optim.ema": 0.5})
+    c = make_config(folder, **{"optim.ema": 0.75})
     data = train.open_data(c)
     batch = one_batch(c, data)
     batch["lam"] = np.full(4, np.nan, np.float32)
@@ -143,6 +143,9 @@ def test_a_non_finite_update_is_skipped(folder):
     assert int(state.step) == 1
     assert int(state.skipped) == int(metrics["skipped"]) == 1
     assert_equal(before[1:5], state[1:5])
+    jax.tree.map(lambda e, p, q: np.testing.assert_allclose(e, 0.75 * p + 0.25 * q, rtol=1e-6,
+                                                            atol=1e-9),
+                 after.ema, before.params, after.params)
     after = tree.flatten(after.params)
     still = {"/".join(path) for path, x in tree.flatten(before.params).items()
              if (x == after[path]).all()}
