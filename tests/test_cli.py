@@ -36,6 +36,20 @@ def test_a_command_starts_anew_as_it_was(started, monkeypatch):
         k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
 
 
+@pytest.mark.parametrize(("version", "counted"), [
+    ("glibc 2.36", True), ("glibc 2.30", True), ("glibc 2.28", False), ("", False),
+    (ValueError("unrecognized configuration name"), False)])
+def test_an_old_glibc_is_not_told_how_many_pieces_to_keep(started, monkeypatch, version, counted):
+    def confstr(name):
+        if isinstance(version, Exception):
+            raise version
+        return version
+
+    monkeypatch.setattr(os, "confstr", confstr)
+    cli.keep_freed_memory()
+    assert ("tcache_count" in started[2]["GLIBC_TUNABLES"]) == counted
+
+
 def test_it_starts_once_and_leaves_the_users_own_settings(started, monkeypatch):
     cli.keep_freed_memory()
     own = started[2]["GLIBC_TUNABLES"]

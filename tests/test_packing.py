@@ -18,6 +18,8 @@ def test_vectors_hold_the_arrays_in_the_order_of_the_tree():
     again = own.unpack(vectors)
     assert jax.tree.structure(again) == jax.tree.structure(TREE)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), again, TREE)
+    squares = 7**2 + 0 + 1 + 4 + (9 + 4 + 1 + 0 + 1 + 4 + 9 + 16) + 4
+    assert float(packing.norm(vectors)) == pytest.approx(squares**0.5, rel=1e-6)
 
 
 def test_a_number_for_each_array_is_one_for_each_of_its_elements():

@@ -2,7 +2,7 @@
 
 An update does the same few sums for every parameter. Written array by array they are a thousand
 small kernels, which on a CPU take longer to compile than the model; on long vectors they are ten.
-So from gradients to new parameters everything is done on vectors.
+So from gradients to new parameters, and their averages, everything is done on vectors.
 """
 
 import math
@@ -39,6 +39,11 @@ class Packing(NamedTuple):
         filled = [jnp.broadcast_to(number, shape) for number, shape in zip(
             self.tree.flatten_up_to(numbers), self.shapes, strict=True)]
         return self.pack(self.tree.unflatten(filled))
+
+
+def norm(vectors: dict[str, jax.Array]) -> jax.Array:
+    """The Euclidean length of all the vectors together, float32."""
+    return jnp.sqrt(sum(jnp.square(x).sum() for x in vectors.values()))
 
 
 def make_packing(params: Any, decayed: Any) -> Packing:

@@ -26,6 +26,7 @@ from tinyvit_jax import (
     models,
     objectives,
     optim,
+    packing,
     teachers,
     weights,
 )
@@ -201,15 +202,15 @@ def make_train_step(config: ml_collections.ConfigDict, model, schedule: Callable
     def train_step(state: State, batch: dict) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, batch_stats, metrics = summed_gradient(state, batch, key)
-        packing = optim.pack_by_decay(state.params)
-        grads, params = packing.pack(grads), packing.pack(state.params)
-        averaged = packing.pack(state.ema) if decay else {}
-        grad_norm = optax.global_norm(grads)
+        own = optim.pack_by_decay(state.params)
+        grads, params = own.pack(grads), own.pack(state.params)
+        averaged = own.pack(state.ema) if decay else {}
+        grad_norm = packing.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         rate = schedule(state.step)
         factors = optim.make_factors(config.optim, state.params, model.depths, trainable)
         if factors is not None:
-            updates = jax.tree.map(jnp.multiply, updates, packing.spread(factors(state.step)))
+            updates = jax.tree.map(jnp.multiply, updates, own.spread(factors(state.step)))
         updates = jax.tree.map(lambda u: -rate * u, updates)
         moved = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, averaged, moved) if (
@@ -221,11 +222,11 @@ def make_train_step(config: ml_collections.ConfigDict, model, schedule: Callable
                             (params, state.batch_stats, state.opt_state, averaged))
         skipped = jnp.where(good, 0, state.skipped + 1).astype(jnp.int32)
         metrics |= {"learning_rate": rate, "gradient_norm": grad_norm,
-                    "parameter_norm": optax.global_norm(params),
-                    "update_norm": optax.global_norm(updates), "skipped": skipped}
+                    "parameter_norm": packing.norm(params),
+                    "update_norm": packing.norm(updates), "skipped": skipped}
         moved, batch_stats, opt_state, ema = kept
-        return State(state.step + 1, packing.unpack(moved), batch_stats, opt_state,
-                     packing.unpack(ema) if decay else {}, skipped), metrics
+        return State(state.step + 1, own.unpack(moved), batch_stats, opt_state,
+                     own.unpack(ema) if decay else {}, skipped), metrics
 
     whole = meshes.replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))

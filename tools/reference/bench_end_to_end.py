@@ -5,6 +5,7 @@ pipeline included, of a student that learns from stored logits against the same 
 batches with labels alone, by turns in one process.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -179,14 +180,14 @@ def run_training(settings: Settings, folder: Path, say: Callable[[str], None]) -
     if done.returncode:
         raise RuntimeError(f"{settings.config} did not train: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    speed = [line["images_per_second"] for line in lines[1:]]
-    wait = [line["data_wait"] for line in lines[1:]]
+    took, waited = 0.0, 0.0  # in seconds, but for a factor: the views in an update
+    for before, line in itertools.pairwise(lines):
+        seconds = (line["step"] - before["step"]) / line["images_per_second"]
+        took, waited = took + seconds, waited + line["data_wait"] * seconds
     return {"seconds": time.perf_counter() - began, "steps": lines[-1]["step"],
-            "images_per_second": quartiles(speed),
-            # All lines are of as many images, so their times are as one to their speeds.
-            "data_wait": sum(w / s for w, s in zip(wait, speed, strict=True)) / sum(
-                1 / s for s in speed),
-            "most_data_wait": max(wait)}
+            "images_per_second": quartiles([line["images_per_second"] for line in lines[1:]]),
+            "data_wait": waited / took, "most_data_wait": max(
+                line["data_wait"] for line in lines[1:])}
 
 
 class Case(NamedTuple):
@@ -339,18 +340,17 @@ def make_steps(case: Case, store: Any, teacher: Any = None, mixed: bool = False)
                            Order(0, len(case.source), mixed), store, 1)
     batch = config.train.batch_size
     batches = pipeline.TrainBatches(views, batch, pipeline.Rows(0, batch), 1 << 20)
-    shapes = feed.describe_batch(batches, 0, mesh)
-    stream: Iterator = pipeline.batch_stream(
-        batches, threads=config.data.threads,
-        prefetch=config.data.prefetch or feed.count_ready(shapes))
+    # No more of them ready than two for a thread: a turn is to prepare what it shows.
+    stream: Iterator = pipeline.batch_stream(batches, threads=config.data.threads,
+                                             prefetch=config.data.prefetch)
     schedule = optim.make_schedule(config.optim, batch, 10_000, 100.0)
     state = meshes.put_state(train.init_state(config, model), mesh)
     step: Any = train.make_train_step(config, model, schedule, mesh)
     with compiling() as compiler:
-        teaching = live.Teaching(teacher, teacher is not None, shapes, case.classes, mesh, compiler,
-                                 "benchmark")
+        teaching = live.Teaching(teacher, teacher is not None, feed.describe_batch(
+            batches, 0, mesh), case.classes, mesh, compiler, "benchmark")
         teaching.add_memory(memory.Memory(0, 0, 0, 0))  # waits until it is compiled
-    held, like = [state], train.describe_state(config, model, mesh)
+    held, shapes = [state], train.describe_state(config, model, mesh)
 
     def take(steps: int) -> None:
         losses: list[Any] = []
@@ -362,7 +362,7 @@ def make_steps(case: Case, store: Any, teacher: Any = None, mixed: bool = False)
 
     def measure_memory() -> Any:
         return teaching.add_memory(
-            memory.measure_memory(step.lower(like, teaching.shapes).compile()))
+            memory.measure_memory(step.lower(shapes, teaching.shapes).compile()))
 
     return Steps(take, measure_memory)
 
