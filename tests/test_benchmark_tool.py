@@ -266,6 +266,17 @@ def test_tables_of_end_to_end():
     are_tables(bench_end_to_end.format_result(result), 4)
 
 
+def test_waiting_is_weighed_by_time():
+    """Five updates at 50 views a second take as long as ten at 100; the first line is left out."""
+    rows = (1, 1.0, 0.9), (11, 100.0, 0.1), (16, 50.0, 0.3), (46, 100.0, 0.0)
+    lines = [dict(zip(("step", "images_per_second", "data_wait"), row, strict=True))
+             for row in rows]
+    found = bench_end_to_end.summarise(lines)
+    assert found["data_wait"] == pytest.approx((0.1 + 0.3 + 3 * 0.0) / 5)
+    assert (found["most_data_wait"], found["steps"]) == (0.3, 46)
+    assert found["images_per_second"]["median"] == 100
+
+
 @pytest.mark.slow
 def test_end_to_end_is_whole(tmp_path, capsys):
     benchmark.main(["end_to_end", "--repeats=1", "--epochs=0.4", "--seconds=1", "--batch=2",

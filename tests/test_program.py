@@ -93,12 +93,12 @@ def test_a_program_that_runs_once_gives_the_same(unknown, monkeypatch):
 def test_another_error_of_xla_is_not_taken_for_an_unknown_option(monkeypatch):
     tried = []
 
-    class Traced:
+    class Lowered:
         def compile(self, compiler_options):
             tried.append(compiler_options)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(jax, "jit", lambda function: type("", (), {"lower": lambda *_: Traced()}))
+    monkeypatch.setattr(jax, "jit", lambda function: type("", (), {"lower": lambda *_: Lowered()}))
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
         program.run_once(None)
     assert len(tried) == 1

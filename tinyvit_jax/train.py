@@ -202,15 +202,15 @@ def make_train_step(config: ml_collections.ConfigDict, model, schedule: Callable
     def train_step(state: State, batch: dict) -> tuple[State, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, batch_stats, metrics = summed_gradient(state, batch, key)
-        own = optim.pack_by_decay(state.params)
-        grads, params = own.pack(grads), own.pack(state.params)
-        averaged = own.pack(state.ema) if decay else {}
+        layout = optim.pack_by_decay(state.params)
+        grads, params = layout.pack(grads), layout.pack(state.params)
+        averaged = layout.pack(state.ema) if decay else {}
         grad_norm = packing.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         rate = schedule(state.step)
         factors = optim.make_factors(config.optim, state.params, model.depths, trainable)
         if factors is not None:
-            updates = jax.tree.map(jnp.multiply, updates, own.spread(factors(state.step)))
+            updates = jax.tree.map(jnp.multiply, updates, layout.spread(factors(state.step)))
         updates = jax.tree.map(lambda u: -rate * u, updates)
         moved = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, averaged, moved) if (
@@ -225,8 +225,8 @@ def make_train_step(config: ml_collections.ConfigDict, model, schedule: Callable
                     "parameter_norm": packing.norm(params),
                     "update_norm": packing.norm(updates), "skipped": skipped}
         moved, batch_stats, opt_state, ema = kept
-        return State(state.step + 1, own.unpack(moved), batch_stats, opt_state,
-                     own.unpack(ema) if decay else {}, skipped), metrics
+        return State(state.step + 1, layout.unpack(moved), batch_stats, opt_state,
+                     layout.unpack(ema) if decay else {}, skipped), metrics
 
     whole = meshes.replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))

@@ -180,14 +180,22 @@ def run_training(settings: Settings, folder: Path, say: Callable[[str], None]) -
     if done.returncode:
         raise RuntimeError(f"{settings.config} did not train: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    took, waited = 0.0, 0.0  # in seconds, but for a factor: the views in an update
-    for before, line in itertools.pairwise(lines):
-        seconds = (line["step"] - before["step"]) / line["images_per_second"]
-        took, waited = took + seconds, waited + line["data_wait"] * seconds
-    return {"seconds": time.perf_counter() - began, "steps": lines[-1]["step"],
+    return {"seconds": time.perf_counter() - began, **summarise(lines)}
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Speed and waiting of a run by the lines of its metrics.jsonl, from the second on.
+
+    Returns:
+        "steps" in all, quartiles of "images_per_second", the share of the time spent waiting for
+        data in the whole run ("data_wait") and in the line with the most ("most_data_wait").
+    """
+    took = [(line["step"] - before["step"]) / line["images_per_second"]
+            for before, line in itertools.pairwise(lines)]  # up to the batch size, the same in all
+    waits = [line["data_wait"] for line in lines[1:]]
+    return {"steps": lines[-1]["step"],
             "images_per_second": quartiles([line["images_per_second"] for line in lines[1:]]),
-            "data_wait": waited / took, "most_data_wait": max(
-                line["data_wait"] for line in lines[1:])}
+            "data_wait": float(np.average(waits, weights=took)), "most_data_wait": max(waits)}
 
 
 class Case(NamedTuple):
