@@ -21,7 +21,7 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
         "store.stats", "store.microsoft"}
 DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "objectives.live_teacher", "models", "models.bases",
-          "models.layers",
+          "models.attention", "models.forms", "models.layers",
           "models.tinyvit", "models.clip", "models.cost", "models.tokens", "models.vit",
           "models.vit_blocks", "models.grouped", "models.residual", "models.resnet",
           "models.regnet", "models.convnext"}
@@ -98,7 +98,9 @@ FLOORS = {
     "models.tokens": (DEVICE, JAX | {"flax"}),
     "models.vit": (DEVICE, JAX | {"flax"}),
     "models.vit_blocks": (DEVICE, JAX | {"flax"}),
-    "models.grouped": (set(), JAX),
+    "models.forms": (set(), {"jax"}),
+    "models.grouped": ({"models.forms"}, JAX),
+    "models.attention": ({"models.forms"}, JAX),
     "models.residual": (DEVICE, JAX | {"flax"}),
     "models.resnet": (DEVICE, JAX | {"flax"}),
     "models.regnet": (DEVICE, JAX | {"flax"}),

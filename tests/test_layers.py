@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyvit_jax.models import layers, tinyvit
+from tinyvit_jax.models import grouped, layers, tinyvit
 
 ATOL = 1e-5
 
@@ -67,6 +67,19 @@ def test_shifted_depthwise_conv_equals_grouped(sides, stride):
 def test_conv_by_patches_equals_conv(sides, size, stride):
     check_conv(layers.conv_by_patches, layers.conv_reference, sides,
                normal(size, size, 3, 4, seed=1, scale=0.2), stride)
+
+
+@pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)])
+def test_conv_of_three_channels_is_the_same_with_every_version_of_jax(monkeypatch, version):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    seen = []
+    monkeypatch.setattr(layers, "conv_reference", lambda x, kernel, stride: (
+        seen.append(x.shape[-1]) or grouped.grouped_conv_reference(x, kernel, stride, 1)))
+    for channels, filled in ((3, 4 if version < (0, 12) else 3), (2, 2)):
+        x, kernel = normal(2, 7, 6, channels), normal(3, 3, channels, 4, seed=1)
+        expected = grouped.grouped_conv_reference(x, kernel, 2, 1)
+        np.testing.assert_allclose(layers.conv_by_patches(x, kernel, 2), expected, atol=ATOL)
+        assert seen.pop() == filled
 
 
 @pytest.mark.parametrize(("backend", "depthwise", "dense"), [

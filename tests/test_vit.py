@@ -190,7 +190,7 @@ WEIGHTS, TOKENS, HIDDEN = (2, 4, 17, 17), (2, 17, 32), (2, 17, 128)  # of attent
 
 
 @pytest.mark.parametrize(("kind", "sites"), [
-    ("class", [(0.2, TOKENS), (0.0, WEIGHTS), (0.2, TOKENS), (0.2, HIDDEN), (0.2, TOKENS)]),
+    ("class", [(0.2, TOKENS), (0.2, TOKENS), (0.2, HIDDEN), (0.2, TOKENS)]),
     ("post", [(0.2, WEIGHTS), (0.2, TOKENS), (0.2, HIDDEN), (0.2, TOKENS)])])
 def test_where_numbers_are_dropped(kind, sites):
     """ViT's appendix B.1: the embedded tokens and dense layers; torch's layer: attention too."""

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import layers, tokens
+from tinyvit_jax.models import attention, layers, tokens
 
 MLP_RATIO = 4  # hidden width of every block's MLP, over the block's
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, C] -> [B, N, C]."""
         q, k, v = tokens.InputProjection(self.num_heads, self.dtype, name="in_proj")(x)
-        return layers.Linear(x.shape[-1], self.dtype, name="out_proj")(tokens.attend(q, k, v))
+        return layers.Linear(x.shape[-1], self.dtype, name="out_proj")(attention.attend(q, k, v))
 
 
 class Mlp(nn.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyvit_jax.models import layers
+from tinyvit_jax.models import forms, layers
 
 # TinyViT's table (5.4 M parameters and 1.3 G MACs to 21 M and 27.0 G) agrees in every digit with
 # these two added to the multiply-adds proper: what the counter fvcore adds for a norm.
@@ -24,8 +24,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, image_size: int = 0) -> int:
     """Multiply-adds of one image: convolutions, matrix products, and norms by fvcore's rule.
 
-    They are read off the traced program, so what a padded window computes counts. Activations,
-    softmax and sums are left out.
+    They are read off the program of the layers' plain forms, so what a padded window computes
+    counts. Activations, softmax and sums are left out.
 
     Args:
         model: from models.create_model.
@@ -43,13 +43,13 @@ def count_macs(model: nn.Module, image_size: int = 0) -> int:
 
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = model.variable_shapes()
-    with nn.intercept_methods(add_norms):
+    with nn.intercept_methods(add_norms), forms.only_plain():
         traced = jax.make_jaxpr(partial(model.apply, train=False))(variables, image)
-    return _count(traced.jaxpr, False) + norms
+    return _count(traced.jaxpr) + norms
 
 
-def _count(jaxpr: Any, shifted: bool) -> int:
-    """Multiply-adds in a jaxpr and what it calls; `shifted`: inside a convolution by shifts."""
+def _count(jaxpr: Any) -> int:
+    """Multiply-adds in a jaxpr and what it calls."""
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -62,10 +62,8 @@ def _count(jaxpr: Any, shifted: bool) -> int:
             kernel = equation.invars[1].aval
             channels = equation.params["dimension_numbers"].rhs_spec[0]
             total += out.size * kernel.size // kernel.shape[channels]
-        elif name == "mul" and shifted:  # a CPU's depthwise convolution multiplies only there
-            total += out.size
         for inner in _inner(equation.params.values()):
-            total += _count(inner, shifted or name.startswith("custom_vjp_call"))
+            total += _count(inner)
     return total
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tinyvit_jax.models import forms
+
 
 def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
     """Square convolution of each group of channels, padded by half its size.
@@ -18,7 +20,7 @@ def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> j
     Returns:
         [B, ceil(H / stride), ceil(W / stride), D].
     """
-    form = grouped_conv_by_products if jax.default_backend() == "cpu" else grouped_conv_reference
+    form = grouped_conv_by_products if forms.for_cpu() else grouped_conv_reference
     return form(x, kernel, stride, groups)
 
 

@@ -1,10 +1,10 @@
-"""What plain vision transformers share: patches to tokens, attention of every token to every token.
+"""What plain vision transformers share: patches to tokens, the heads' projection, dropout, checks.
 
 Tokens are [B, N, C]. Weights, norms, softmax and the sum that branches are added to are float32
 whatever `dtype` the branches have.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -55,24 +55,6 @@ class InputProjection(nn.Module):
         biases = jnp.split(bias.astype(self.dtype), 3)
         parts = [layers.project(x, k) + b for k, b in zip(kernels, biases, strict=True)]
         return [part.reshape(B, N, self.num_heads, -1).transpose(0, 2, 1, 3) for part in parts]
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array,
-           drop: Callable[[jax.Array], jax.Array] = lambda scores: scores) -> jax.Array:
-    """The values of all tokens, weighted for each token by the softmax of q k / sqrt(d).
-
-    Args:
-        q, k, v: [B, h, N, d] each.
-        drop: what is done to the weights [B, h, N, N] before they are used.
-
-    Returns:
-        [B, N, h * d].
-    """
-    B, h, N, d = q.shape
-    scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-    scores = drop(nn.softmax(scores * d**-0.5)).astype(v.dtype)
-    mixed = jnp.einsum("bhnm,bhmd->bhnd", scores, v)
-    return mixed.transpose(0, 2, 1, 3).reshape(B, N, h * d)
 
 
 class Dropout(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import layers, tokens
+from tinyvit_jax.models import attention, layers, tokens
 
 # Variance about the mean, not as E[x^2] - E[x]^2: tokens may have a few very large channels.
 Norm = partial(nn.LayerNorm, use_fast_variance=False)
@@ -50,7 +50,9 @@ class Attention(nn.Module):
         project = tokens.InputProjection(self.num_heads, self.dtype, self.inits[0],
                                          name=self.names[0])
         q, k, v = project(x.astype(self.dtype))
-        mixed = tokens.attend(q, k, v, partial(tokens.Dropout(self.dropout), train=train))
+        drops = train and self.dropout > 0
+        drop = partial(tokens.Dropout(self.dropout), train=True) if drops else None
+        mixed = attention.attend(q, k, v, drop=drop)
         out = layers.Linear(x.shape[-1], self.dtype, self.inits[1], name=self.names[1])(mixed)
         return out, [q, k, v]
 
@@ -111,9 +113,8 @@ class PreNormBlock(nn.Module):
                 branch = LayerScale(self.layer_scale, name=scale)(branch)
             return x + layers.DropPath(self.drop_path)(branch, train)
 
-        attention = Attention(self.num_heads, self.dtype, inits=(self.kernel_init,) * 2,
-                              name="attn")
-        y, heads = attention(norm(name="norm1")(x), train)
+        attend = Attention(self.num_heads, self.dtype, inits=(self.kernel_init,) * 2, name="attn")
+        y, heads = attend(norm(name="norm1")(x), train)
         x = add(x, tokens.Dropout(self.dropout)(y, train), "ls1")
         mlp = Mlp(self.hidden, self.dropout, self.dtype, self.kernel_init, name="mlp")
         return add(x, mlp(norm(name="norm2")(x), train), "ls2"), heads
@@ -143,10 +144,9 @@ class PostNormBlock(nn.Module):
         def linear(features: int, name: str) -> layers.Linear:
             return layers.Linear(features, self.dtype, layers.conv_init, name=name)
 
-        attention = Attention(self.num_heads, self.dtype, ("in_proj", "out_proj"), self.dropout,
-                              (nn.initializers.xavier_uniform(), layers.conv_init),
-                              name="self_attn")
-        y, heads = attention(x, train)
+        attend = Attention(self.num_heads, self.dtype, ("in_proj", "out_proj"), self.dropout,
+                           (nn.initializers.xavier_uniform(), layers.conv_init), name="self_attn")
+        y, heads = attend(x, train)
         x = add(x, y, "norm1")
         wide = tokens.Dropout(self.dropout)(layers.gelu(linear(self.hidden, "linear1")(x)), train)
         return add(x, linear(x.shape[-1], "linear2")(wide), "norm2"), heads
