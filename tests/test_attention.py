@@ -62,6 +62,19 @@ def test_by_hand_equals_float64():
             np.testing.assert_allclose(found[at], (values[0] - values[1]) / 2e-5, atol=1e-5)
 
 
+def test_values_far_from_zero_cost_bfloat16_no_more_than_in_the_reference():
+    """Both parts of the scores' gradients must read the same rounded gradient of the result."""
+    (q, k, v, bias), grad = make_inputs(B=4, N=49, d=32)
+    arguments = q, k, v + 30, bias
+    half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (*arguments[:3], grad))
+    exact = run(attention.attend_reference, arguments, grad)
+    plain, ours = (run(form, (*half[:3], bias), half[3])
+                   for form in (attention.attend_reference, attention.attend_by_hand))
+    for i in (1, 2, 4):  # of q, k and the bias
+        wrong, allowed = (np.abs(np.float32(a[i]) - exact[i]).mean() for a in (ours, plain))
+        assert wrong < allowed
+
+
 def test_large_scores_stay_finite():
     arguments, grad = make_inputs(scale=100.0)
     for part in run(attention.attend_by_hand, arguments, grad):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tinyvit_jax.models import forms
 
@@ -15,11 +16,19 @@ def test_only_plain_forms_and_back(monkeypatch):
     assert not forms.for_cpu()
 
 
-def test_what_jit_keeps_is_not_taken_for_a_plain_form():
+def test_what_jit_keeps_is_not_taken_for_another_form():
     seen = []
     double = jax.jit(lambda x: (seen.append(forms.for_cpu()), 2 * x)[1])
-    double(jnp.zeros(()))
+    before, fresh = jnp.zeros(()), jnp.zeros(1)
+    double(before)
     with forms.only_plain():
-        jax.make_jaxpr(double)(jnp.zeros(()))
-    double(jnp.zeros((1,)))
-    assert seen == [True, False, True]
+        jax.make_jaxpr(double)(before)
+        jax.make_jaxpr(double)(fresh)
+    double(fresh)
+    assert seen == [True, False, False, True]
+
+
+def test_an_error_ends_it():
+    with pytest.raises(ValueError), forms.only_plain():
+        raise ValueError
+    assert forms.for_cpu()

@@ -1,4 +1,4 @@
-"""Which form of a layer runs: the backend's fastest, or the plain one, to read a program by."""
+"""Which form of a layer runs: the backend's fastest, or the plain one to count operations in."""
 
 import contextlib
 import contextvars

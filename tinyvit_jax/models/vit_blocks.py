@@ -50,7 +50,7 @@ class Attention(nn.Module):
         project = tokens.InputProjection(self.num_heads, self.dtype, self.inits[0],
                                          name=self.names[0])
         q, k, v = project(x.astype(self.dtype))
-        drops = train and self.dropout > 0
+        drops = train and self.dropout > 0  # only weights used as they are have a CPU's form
         drop = partial(tokens.Dropout(self.dropout), train=True) if drops else None
         mixed = attention.attend(q, k, v, drop=drop)
         out = layers.Linear(x.shape[-1], self.dtype, self.inits[1], name=self.names[1])(mixed)
