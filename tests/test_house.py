@@ -19,7 +19,7 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
         "store.files", "store.place", "store.remote", "store.claims", "store.manifest",
         "store.blocks", "store.store", "store.shards", "store.rows", "store.edit", "store.merge",
         "store.stats", "store.microsoft"}
-DEVICE = {"mix", "mesh", "optim", "objectives", "objectives.supervised",
+DEVICE = {"mix", "mesh", "onednn", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "objectives.live_teacher", "models", "models.bases",
           "models.attention", "models.forms", "models.layers",
           "models.tinyvit", "models.clip", "models.cost", "models.tokens", "models.vit",
@@ -99,6 +99,7 @@ FLOORS = {
     "models.vit": (DEVICE, JAX | {"flax"}),
     "models.vit_blocks": (DEVICE, JAX | {"flax"}),
     "models.forms": (set(), {"jax"}),
+    "onednn": (set(), {"jax"}),
     "models.grouped": ({"models.forms"}, JAX),
     "models.attention": ({"models.forms"}, JAX),
     "models.residual": (DEVICE, JAX | {"flax"}),

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyvit_jax import log, weights
+from tinyvit_jax import log, onednn, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.models import cost
 
@@ -85,7 +85,7 @@ def measure(model: Any, variables: dict, batch_size: int, seconds: float, mesh: 
     pixels = np.random.default_rng(0).standard_normal(shape, np.float32)
     images = meshes.put_batch({"image": pixels}, mesh)["image"]
     began = time.perf_counter()
-    apply = jax.jit(partial(model.apply, train=False)).lower(variables, images).compile()
+    apply = onednn.jit(partial(model.apply, train=False)).lower(variables, images).compile()
     compiled = time.perf_counter() - began
     list(_time_calls(apply, variables, images, seconds))
     times = np.array(list(_time_calls(apply, variables, images, seconds)))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinyvit_jax import mesh as meshes
-from tinyvit_jax import mix
+from tinyvit_jax import mix, onednn
 
 logger = logging.getLogger("tinyvit_jax")
 
@@ -98,7 +98,7 @@ def make_eval_step(model, mesh: Mesh, mean: tuple[float, ...], std: tuple[float,
             logits = jnp.where(competing, logits, -jnp.inf)
         return {**_judge(logits, batch), "weight": batch["weight"]}
 
-    return jax.jit(eval_step, out_shardings=meshes.replicated(mesh))
+    return onednn.jit(eval_step, out_shardings=meshes.replicated(mesh))
 
 
 def _judge(logits: jax.Array, batch: dict) -> dict:

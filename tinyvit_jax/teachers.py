@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tinyvit_jax import evaluate, heads, log, mix, models, weights
+from tinyvit_jax import evaluate, heads, log, mix, models, onednn, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.team import Team
 
@@ -148,7 +148,7 @@ def _model_teacher(section: ml_collections.ConfigDict, class_names: tuple[str, .
         variables = jax.lax.with_sharding_constraint(variables, meshes.replicated(mesh))
         return _by_parts(lambda part: judge(variables, part), pixels, section.batch_size, mesh)
 
-    compiled = jax.jit(log_probs, out_shardings=meshes.sharded(mesh))
+    compiled = onednn.jit(log_probs, out_shardings=meshes.sharded(mesh))
 
     def run(pixels: jax.Array) -> jax.Array:
         with jax.transfer_guard("disallow"):  # nothing of it may wait for the host

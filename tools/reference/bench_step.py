@@ -224,13 +224,14 @@ def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], floa
     import jax
     import jax.numpy as jnp
 
+    from tinyvit_jax import onednn
     from tinyvit_jax.program import run_once
 
     shape = (batch, model.image_size, model.image_size, 3)
     images = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     variables = run_once(partial(model.init, train=False), jax.random.key(0), images[:1])
     began = time.perf_counter()
-    apply = jax.jit(partial(model.apply, train=False)).lower(variables, images).compile()
+    apply = onednn.jit(partial(model.apply, train=False)).lower(variables, images).compile()
     compiled = time.perf_counter() - began
     # On a CPU calls that nobody waits for run side by side; PyTorch's do not.
     each = jax.default_backend() == "cpu"
