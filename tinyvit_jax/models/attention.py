@@ -46,7 +46,7 @@ def _score(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 @jax.custom_vjp
 def attend_by_hand(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`attend_reference` with gradients by hand: forward and back in half the time on a CPU (N = 196).
+    """`attend_reference` with gradients by hand: forward and back in half the time, for N = 196.
 
     The weights are divided by their sum after they have mixed the values, and the sum in the
     softmax's gradient is read off the result (FlashAttention, Dao et al. 2022, appendix B.2): both
