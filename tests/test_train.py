@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tinyvit_jax import checkpoint, evaluate, log, measure, train, weights
+from tinyvit_jax import checkpoint, evaluate, log, measure, onednn, train, weights
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.convert import tree
 from tinyvit_jax.data import augment, pipeline
@@ -62,6 +62,25 @@ def test_resume_is_bit_exact_with_other_workers(folder, tmp_path, monkeypatch):
     steps = [m["step"] for m in log.read_metrics(tmp_path / "b" / "metrics.jsonl")]
     assert steps == sorted(set(steps))
     assert train.fit(c, tmp_path / "b", data) == resumed  # done: nothing runs again
+
+
+@pytest.mark.parametrize(("changes", "asked"), [
+    ({}, {"train_step": False, "eval_step": True}),
+    ({"train.onednn": True}, {"train_step": True, "eval_step": True}),
+    ({"train.onednn": True, "data.resident": True},  # the outermost program is the loop
+     {"train_step": False, "run": True, "eval_step": True})])
+def test_updates_take_onednn_where_the_config_says_so(
+        folder, tmp_path, monkeypatch, changes, asked):
+    found = {}
+
+    def jit(function, use=True, **settings):
+        found[function.__name__] = use
+        return jax.jit(function, **settings)
+
+    monkeypatch.setattr(onednn, "jit", jit)
+    c = make_config(folder, **{"train.epochs": 0.5, **changes})
+    train.fit(c, tmp_path, train.open_data(c))
+    assert found == asked
 
 
 def step_once(config, data, batch):

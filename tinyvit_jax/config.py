@@ -135,6 +135,9 @@ def default() -> ml_collections.ConfigDict:
     # An epoch is as many views as the source has images; one pass of a store with its own keys.
     r.epochs = 300.0
     r.max_skipped = 20  # updates with a non-finite gradient, in a row, before the run stops
+    # Updates on Intel's CPUs take their matrix products from oneDNN: faster, but compiled anew at
+    # every start (onednn.py).
+    r.onednn = False
 
     c.eval = e = ml_collections.ConfigDict()
     e.every_epochs = 1.0

@@ -1,9 +1,10 @@
 """Matrix products by oneDNN, the library that PyTorch uses, on the CPUs where it is faster.
 
 XLA brings it on Linux and leaves it out unless told; on Intel's processors with AVX-512 a forward
-pass takes a tenth less time with it (docs/performance.md). XLA cannot keep programs with it in its
-compilation cache, so this is for what compiles in seconds and runs for long: models that are
-evaluated, asked as teachers and measured. XLA_FLAGS that speak of oneDNN are left to decide.
+pass takes a tenth less time with it, and an update an eighth (docs/performance.md). XLA cannot keep
+programs with it in its compilation cache: models that are evaluated, asked as teachers and measured
+are compiled in seconds and always use it; updates, which take longer, where `train.onednn` says so.
+XLA_FLAGS that speak of oneDNN are left to decide.
 """
 
 import functools
@@ -25,14 +26,16 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _MEASURED = ("GenuineIntel", "avx512f")
 
 
-def jit(function: Callable, **settings: Any) -> Any:
-    """jax.jit, for the outermost program of a model that gives no gradients.
+def jit(function: Callable, use: bool = True, **settings: Any) -> Any:
+    """jax.jit with products by oneDNN; for outermost programs only, as jax.jit has it.
 
     Args:
         function: to compile.
+        use: False = it is jax.jit.
         settings: of jax.jit.
     """
-    return jax.jit(function, compiler_options=dict(find_options()), **settings)
+    options = dict(find_options()) if use else None
+    return jax.jit(function, compiler_options=options, **settings)
 
 
 @functools.cache
@@ -66,4 +69,4 @@ def _is_at_hand() -> bool:
         compiled = jax.jit(jnp.dot).lower(x, x).compile(compiler_options=_OPTIONS)
     except jax.errors.JaxRuntimeError:
         return False
-    return "onednn" in compiled.as_text()
+    return "onednn" in (compiled.as_text() or "")

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyvit_jax import hashing
+from tinyvit_jax import hashing, onednn
 from tinyvit_jax import mesh as meshes
 from tinyvit_jax.data import ops, slots
 from tinyvit_jax.data.images import ImageSource
@@ -235,13 +235,15 @@ def list_stops(start: int, steps: int, *marks: set[int]) -> Iterator[int]:
     return (stop for stop in stops if start < stop <= steps)
 
 
-def make_update(train_step: Callable, batch_of: Callable, mesh: Mesh) -> Callable:
+def make_update(train_step: Callable, batch_of: Callable, mesh: Mesh, use_onednn: bool = False
+                ) -> Callable:
     """Compiles many updates, each with the making of its batch, into one loop.
 
     Args:
         train_step: (state, batch) -> (state, metrics), not compiled.
         batch_of: from `make_batches`.
         mesh: of the run.
+        use_onednn: where it is faster.
 
     Returns:
         fn(state, arrays, stop int32) -> (state, metrics): all updates up to number `stop`, and the
@@ -267,4 +269,4 @@ def make_update(train_step: Callable, batch_of: Callable, mesh: Mesh) -> Callabl
         return state, {name: x if name in ("skipped", "learning_rate") else x / count
                        for name, x in total.items()}
 
-    return jax.jit(run, donate_argnums=0, out_shardings=(whole, whole))
+    return onednn.jit(run, use_onednn, donate_argnums=0, out_shardings=(whole, whole))

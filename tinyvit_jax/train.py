@@ -25,6 +25,7 @@ from tinyvit_jax import (
     mix,
     models,
     objectives,
+    onednn,
     optim,
     packing,
     teachers,
@@ -229,7 +230,9 @@ def make_train_step(config: ml_collections.ConfigDict, model, schedule: Callable
                      layout.unpack(ema) if decay else {}, skipped), metrics
 
     whole = meshes.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+    # A resident set's loop is the outermost program, and asks for oneDNN itself.
+    return onednn.jit(train_step, config.train.onednn and not config.data.resident,
+                      donate_argnums=0, out_shardings=(whole, whole))
 
 
 def _micro_batches(batch: dict, parts: int) -> dict:

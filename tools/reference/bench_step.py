@@ -19,6 +19,7 @@ from reference import bench_process, bench_report
 from reference.bench_timing import count_cpus, race_rows, race_speeds
 
 OURS = "tinyvit_jax"
+WITH_ONEDNN = "tinyvit_jax, train.onednn"
 _ROUNDS = 5
 _TURN = 0.2  # seconds of a turn, about: many steps where one is shorter
 
@@ -164,9 +165,14 @@ def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: f
         "train", "batch", the name of the "best" rival or None, the "rows" of the race, and
         "ours_against" each rival.
     """
+    from tinyvit_jax import onednn
+
     what = f"{'training' if train else 'inference'} at batch {batch}"
     makers: dict[str, tuple[Any, ...]] = {
         OURS: (_make_counted, make_ours, turn, batch, model, train, batch)}
+    if train and onednn.find_options():
+        makers[WITH_ONEDNN] = (*makers[OURS], True)
+    ours = set(makers)
     for rival in rivals:
         makers[rival.name] = (_make_counted, make_rival, turn, batch, rival, model, train, batch)
     with contextlib.ExitStack() as stack:
@@ -178,7 +184,7 @@ def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: f
         say(f"races {what}: {len(contenders)} contenders")
         speeds, busy = race_speeds({name: one.speed for name, one in contenders.items()}, seconds,
                                    _ROUNDS)
-    others = {name: float(np.median(values)) for name, values in speeds.items() if name != OURS}
+    others = {name: float(np.median(values)) for name, values in speeds.items() if name not in ours}
     best = max(others, key=lambda name: others[name], default=None)
     rows = [row | {"per_cpu_second": float(np.median(busy[row["what"]])),
                    "first_seconds": first[row["what"]]}
@@ -215,9 +221,10 @@ def count_steps(turn: Callable[[int], None], batch: int, seconds: float) -> Call
     return whole
 
 
-def make_ours(model: Any, train: bool, batch: int) -> tuple[Callable[[int], None], float]:
+def make_ours(model: Any, train: bool, batch: int, use_onednn: bool = False
+              ) -> tuple[Callable[[int], None], float]:
     """Our contender: fn(n) that does n steps and waits for their end; seconds of compiling."""
-    return _make_training(model, batch) if train else _make_inference(model, batch)
+    return _make_training(model, batch, use_onednn) if train else _make_inference(model, batch)
 
 
 def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], float]:
@@ -246,7 +253,8 @@ def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], floa
     return turn, compiled
 
 
-def _make_training(model: Any, batch: int) -> tuple[Callable[[int], None], float]:
+def _make_training(model: Any, batch: int, use_onednn: bool
+                   ) -> tuple[Callable[[int], None], float]:
     """The package's own step as its recipes run it: uint8 in, AdamW, smoothed cross-entropy."""
     import jax
 
@@ -255,7 +263,7 @@ def _make_training(model: Any, batch: int) -> tuple[Callable[[int], None], float
     from tinyvit_jax import optim, train
 
     config, mesh = configs.default(), meshes.make_mesh()
-    config.train.batch_size = batch
+    config.train.batch_size, config.train.onednn = batch, use_onednn
     generator = np.random.default_rng(0)
     shape = (batch, model.image_size, model.image_size, 3)
     data = meshes.put_batch({
