@@ -67,7 +67,8 @@ def test_resume_is_bit_exact_with_other_workers(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("changes", "asked"), [
     ({}, {"train_step": False, "eval_step": True}),
     ({"train.onednn": True}, {"train_step": True, "eval_step": True}),
-    ({"train.onednn": True, "data.resident": True},  # the outermost program is the loop
+    ({"train.onednn": True, "data.resident": True, "augment.spec": "small",
+      "augment.rand_augment": "", "augment.erase": 0.0},  # the outermost program is the loop
      {"train_step": False, "run": True, "eval_step": True})])
 def test_updates_take_onednn_where_the_config_says_so(
         folder, tmp_path, monkeypatch, changes, asked):
