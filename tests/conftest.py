@@ -12,7 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # The programs here are tiny and run a few times: compiling them well costs more than it saves.
 # Without its newer emitters XLA compiles an update in a third of the time; an XLA that does not
 # know the flag would end the process.
-_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_onednn=false"
+_FLAGS = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)

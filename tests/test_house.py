@@ -44,7 +44,7 @@ FLOORS = {
     "log": (set(), {"tqdm"}),
     "plots": ({"log"}, NUMPY | {"matplotlib"}),
     "compile_cache": (set(), set()),
-    "cli": ({"compile_cache", "config", "log"}, {"absl", "ml_collections", "jax"}),
+    "cli": ({"compile_cache", "config", "log", "onednn"}, {"absl", "ml_collections", "jax"}),
     "data.draws": (set(), NUMPY),
     "data.order": ({"data.draws", "store.manifest", "store.store"}, NUMPY),
     "data.jpeg": (set(), NUMPY | {"simplejpeg"}),

@@ -84,6 +84,15 @@ def use_compilation_cache() -> None:
         compile_cache.remove_cut_entries(Path(folder))
 
 
+def use_onednn(config: ml_collections.ConfigDict) -> None:
+    """Turns oneDNN on for this process where the config asks for it; a warning where none is."""
+    from tinyvit_jax import onednn
+
+    if config.onednn and not onednn.turn_on():
+        log.logger.warning("--config.onednn=True changes nothing here: it needs a CPU as JAX's "
+                           "device and an XLA that has oneDNN, as jax 0.10 and later on Linux.")
+
+
 def keep_freed_memory() -> None:
     """On a machine without accelerators, starts this process anew with another way of allocating.
 

@@ -133,9 +133,8 @@ class Resident:
             {"image": jax.ShapeDtypeStruct((len(views.source), size, size, 3), jnp.uint8),
              "label": jax.ShapeDtypeStruct((len(views.source),), jnp.int32)}, whole)
         self._end = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-        update = resident.make_update(step_fn, batch_of, run.mesh, run.config.train.onednn)
-        self.update = Program(update, (like, shapes, self._end), run.compiler,
-                              f"{run.title}: the updates")
+        self.update = Program(resident.make_update(step_fn, batch_of, run.mesh),
+                              (like, shapes, self._end), run.compiler, f"{run.title}: the updates")
 
     def open(self, workdir: Path) -> Meter:
         """Decodes the set and puts it on the devices; starts the clock."""

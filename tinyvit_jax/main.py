@@ -16,6 +16,7 @@ def main() -> None:
     config, workdir = cli.read_flags()
     cli.join_processes()
     cli.use_compilation_cache()
+    cli.use_onednn(config)
     from tinyvit_jax import benchmark, recipe
 
     if _MODE.value == "train":

@@ -235,15 +235,13 @@ def list_stops(start: int, steps: int, *marks: set[int]) -> Iterator[int]:
     return (stop for stop in stops if start < stop <= steps)
 
 
-def make_update(train_step: Callable, batch_of: Callable, mesh: Mesh, use_onednn: bool = False
-                ) -> Callable:
+def make_update(train_step: Callable, batch_of: Callable, mesh: Mesh) -> Callable:
     """Compiles many updates, each with the making of its batch, into one loop.
 
     Args:
         train_step: (state, batch) -> (state, metrics), not compiled.
         batch_of: from `make_batches`.
         mesh: of the run.
-        use_onednn: where it is faster.
 
     Returns:
         fn(state, arrays, stop int32) -> (state, metrics): all updates up to number `stop`, and the
@@ -269,4 +267,4 @@ def make_update(train_step: Callable, batch_of: Callable, mesh: Mesh, use_onednn
         return state, {name: x if name in ("skipped", "learning_rate") else x / count
                        for name, x in total.items()}
 
-    return onednn.jit(run, use_onednn, donate_argnums=0, out_shardings=(whole, whole))
+    return onednn.jit(run, donate_argnums=0, out_shardings=(whole, whole))

@@ -230,9 +230,9 @@ def make_train_step(config: ml_collections.ConfigDict, model, schedule: Callable
                      layout.unpack(ema) if decay else {}, skipped), metrics
 
     whole = meshes.replicated(mesh)
-    # A resident set's loop is the outermost program, and asks for oneDNN itself.
-    return onednn.jit(train_step, config.train.onednn and not config.data.resident,
-                      donate_argnums=0, out_shardings=(whole, whole))
+    # A resident set's loop is the program that this one is a part of.
+    compiled = jax.jit if config.data.resident else onednn.jit
+    return compiled(train_step, donate_argnums=0, out_shardings=(whole, whole))
 
 
 def _micro_batches(batch: dict, parts: int) -> dict:

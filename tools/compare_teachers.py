@@ -24,6 +24,7 @@ def main() -> None:
     config, workdir = cli.read_flags()
     cli.join_processes()
     cli.use_compilation_cache()
+    cli.use_onednn(config)
     result = compare.run(config, workdir)
     if jax.process_index():
         return

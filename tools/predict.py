@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tinyvit_jax import heads, log, mix, onednn, weights
+from tinyvit_jax import heads, log, mix, weights
 from tinyvit_jax.data import augment, ops
 
 
 def predict(trained: weights.Trained, paths: list[str], top: int) -> list[list[tuple[str, float]]]:
     """The top classes of each file with their probabilities."""
-    @onednn.jit
+    @jax.jit
     def probabilities(variables, image):
         pixels = mix.normalize(image[None], trained.mean, trained.std)
         return jax.nn.softmax(trained.model.apply(variables, pixels, train=False))[0]

@@ -32,6 +32,7 @@ def main() -> None:
 
     cli.join_processes()
     cli.use_compilation_cache()
+    cli.use_onednn(config)
     from tinyvit_jax import forecast, recipe, train
 
     data = train.open_data(config, evaluated=False)

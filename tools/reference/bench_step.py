@@ -18,8 +18,7 @@ import numpy as np
 from reference import bench_process, bench_report
 from reference.bench_timing import count_cpus, race_rows, race_speeds
 
-OURS = "tinyvit_jax"
-WITH_ONEDNN = "tinyvit_jax, train.onednn"
+OURS, WITH_ONEDNN = "tinyvit_jax", "tinyvit_jax, oneDNN"
 _ROUNDS = 5
 _TURN = 0.2  # seconds of a turn, about: many steps where one is shorter
 
@@ -170,8 +169,9 @@ def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: f
     what = f"{'training' if train else 'inference'} at batch {batch}"
     makers: dict[str, tuple[Any, ...]] = {
         OURS: (_make_counted, make_ours, turn, batch, model, train, batch)}
-    if train and onednn.find_options():
+    if onednn.turn_on():  # here only to ask
         makers[WITH_ONEDNN] = (*makers[OURS], True)
+        onednn.turn_on(False)
     ours = set(makers)
     for rival in rivals:
         makers[rival.name] = (_make_counted, make_rival, turn, batch, rival, model, train, batch)
@@ -221,10 +221,13 @@ def count_steps(turn: Callable[[int], None], batch: int, seconds: float) -> Call
     return whole
 
 
-def make_ours(model: Any, train: bool, batch: int, use_onednn: bool = False
+def make_ours(model: Any, train: bool, batch: int, with_onednn: bool = False
               ) -> tuple[Callable[[int], None], float]:
     """Our contender: fn(n) that does n steps and waits for their end; seconds of compiling."""
-    return _make_training(model, batch, use_onednn) if train else _make_inference(model, batch)
+    from tinyvit_jax import onednn
+
+    onednn.turn_on(with_onednn)
+    return _make_training(model, batch) if train else _make_inference(model, batch)
 
 
 def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], float]:
@@ -238,7 +241,8 @@ def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], floa
     images = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     variables = run_once(partial(model.init, train=False), jax.random.key(0), images[:1])
     began = time.perf_counter()
-    apply = onednn.jit(partial(model.apply, train=False)).lower(variables, images).compile()
+    apply = onednn.jit(partial(model.apply, train=False))
+    apply.lower(variables, images).compile()  # a call finds it
     compiled = time.perf_counter() - began
     # On a CPU calls that nobody waits for run side by side; PyTorch's do not.
     each = jax.default_backend() == "cpu"
@@ -253,8 +257,7 @@ def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], floa
     return turn, compiled
 
 
-def _make_training(model: Any, batch: int, use_onednn: bool
-                   ) -> tuple[Callable[[int], None], float]:
+def _make_training(model: Any, batch: int) -> tuple[Callable[[int], None], float]:
     """The package's own step as its recipes run it: uint8 in, AdamW, smoothed cross-entropy."""
     import jax
 
@@ -263,7 +266,7 @@ def _make_training(model: Any, batch: int, use_onednn: bool
     from tinyvit_jax import optim, train
 
     config, mesh = configs.default(), meshes.make_mesh()
-    config.train.batch_size, config.train.onednn = batch, use_onednn
+    config.train.batch_size = batch
     generator = np.random.default_rng(0)
     shape = (batch, model.image_size, model.image_size, 3)
     data = meshes.put_batch({
@@ -275,7 +278,7 @@ def _make_training(model: Any, batch: int, use_onednn: bool
     step: Any = train.make_train_step(
         config, model, optim.make_schedule(config.optim, batch, 10_000, 100.0), mesh)
     began = time.perf_counter()
-    step = step.lower(state, data).compile()
+    step.lower(state, data).compile()  # a call finds it
     compiled = time.perf_counter() - began
     held = [state]
 
