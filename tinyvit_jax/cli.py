@@ -90,7 +90,7 @@ def use_onednn(config: ml_collections.ConfigDict) -> None:
 
     if config.onednn and not onednn.turn_on():
         log.logger.warning("--config.onednn=True changes nothing here: it needs a CPU as JAX's "
-                           "device and an XLA that has oneDNN, as jax 0.10 and later on Linux.")
+                           "device and an XLA with oneDNN, such as jax 0.10 and 0.12 on Linux.")
 
 
 def keep_freed_memory() -> None:
