@@ -175,16 +175,19 @@ def test_step_is_whole(shallow, tmp_path, capsys, sizes):
         [(True, 2)] if sizes[0].endswith("=0") else [(False, 2)])
     for case in result["cases"]:
         rows = {row["what"]: row for row in case["rows"]}
-        own = rows.keys() & {bench_step.OURS, bench_step.WITH_ONEDNN}
-        assert len(own) == 1 + onednn.turn_on()
-        onednn.turn_on(False)
-        others = {name: rows[name]["median"] for name in rows.keys() - own}
-        assert others.keys() == {"PyTorch, plain", "PyTorch, channels_last"}
+        assert set(rows) == {bench_step.OURS, "PyTorch, plain", "PyTorch, channels_last"}
+        others = {name: row["median"] for name, row in rows.items() if name != bench_step.OURS}
         assert case["best"] == max(others, key=others.get)
         assert set(case["ours_against"]) == set(others)
         ours = rows[bench_step.OURS]
         flops = ours["median"] * result["macs"] * 2 * (3 if case["train"] else 1)
         assert ours["utilisation"] == pytest.approx(flops / 0.5e12)
+
+
+def test_the_step_with_onednn_needs_it(monkeypatch):
+    monkeypatch.setattr(onednn, "turn_on", lambda wanted=True: False)
+    with pytest.raises(ValueError, match="--onednn needs a CPU"):
+        benchmark.main(["step", "--onednn", "--batch_sizes=1"])
 
 
 @pytest.mark.torch

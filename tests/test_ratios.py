@@ -162,6 +162,5 @@ def probe_steps() -> None:
             case = bench_step.race_case(rivals, model, train, 8, 0, print, 0.05)
             medians = {row["what"]: row["per_cpu_second"] for row in case["rows"]}
             ours = medians.pop(bench_step.OURS)
-            medians.pop(bench_step.WITH_ONEDNN, None)
             found[what] = ours, max(medians.values())
     print(json.dumps(found))

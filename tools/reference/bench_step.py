@@ -18,7 +18,7 @@ import numpy as np
 from reference import bench_process, bench_report
 from reference.bench_timing import count_cpus, race_rows, race_speeds
 
-OURS, WITH_ONEDNN = "tinyvit_jax", "tinyvit_jax, oneDNN"
+OURS = "tinyvit_jax"
 _ROUNDS = 5
 _TURN = 0.2  # seconds of a turn, about: many steps where one is shorter
 
@@ -44,6 +44,7 @@ class Settings(NamedTuple):
     microsoft: str = ""
     timm: bool = False
     eager: bool = False
+    onednn: bool = False
     peak_tflops: float = 0.0
 
 
@@ -58,6 +59,7 @@ MEANINGS = {
     "microsoft": "folder TinyViT of a checkout of microsoft/Cream: its class takes part",
     "timm": "the installed timm's class takes part",
     "eager": "without torch.compile, which takes minutes on a CPU",
+    "onednn": "ours as --config.onednn=True has it: on a CPU with oneDNN's matrix products",
     "peak_tflops": "of the device, for the model FLOP utilisation; 0 = by a table, where known",
 }
 
@@ -103,12 +105,15 @@ def measure(settings: Settings, folder: Any, say: Callable[[str], None]) -> dict
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
+    from tinyvit_jax import onednn
     from tinyvit_jax.models import cost, create_model
 
     device = jax.devices()[0]
     if jax.device_count() > 1:
         raise RuntimeError(f"JAX has {jax.device_count()} devices, and PyTorch would use one: show "
                            f"both the same one, for example by CUDA_VISIBLE_DEVICES=0.")
+    if settings.onednn and not onednn.turn_on():
+        raise ValueError("--onednn needs a CPU as JAX's device and an XLA that has oneDNN.")
     dtype = settings.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     # PyTorch's classes know no other classes' windows, so the shape is that of the image size.
     model = create_model(settings.model, settings.classes, settings.image_size or None, dtype=dtype)
@@ -120,7 +125,8 @@ def measure(settings: Settings, folder: Any, say: Callable[[str], None]) -> dict
         "macs": cost.count_macs(model), "peak_tflops": peak, "notes": notes, "cases": []}
     for train, sizes in ((False, settings.batch_sizes), (True, settings.train_batches)):
         for batch in sizes if sizes != (0,) else ():
-            found["cases"].append(race_case(rivals, model, train, batch, settings.seconds, say))
+            found["cases"].append(race_case(rivals, model, train, batch, settings.seconds, say,
+                                            use_onednn=settings.onednn))
             for row in found["cases"][-1]["rows"]:
                 flops = 2 * found["macs"] * (3 if train else 1) * row["median"]
                 row["utilisation"] = flops / (peak * 1e12) if peak else None
@@ -148,7 +154,8 @@ def _find_rivals(settings: Settings, platform: str, bfloat16: bool) -> tuple[lis
 
 
 def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: float,
-              say: Callable[[str], None], turn: float = _TURN) -> dict[str, Any]:
+              say: Callable[[str], None], turn: float = _TURN, use_onednn: bool = False
+              ) -> dict[str, Any]:
     """One batch size of inference or training.
 
     Args:
@@ -159,20 +166,15 @@ def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: f
         seconds: that each contender runs for, about.
         say: takes a line of progress.
         turn: seconds of one, about.
+        use_onednn: ours takes its products from it.
 
     Returns:
         "train", "batch", the name of the "best" rival or None, the "rows" of the race, and
         "ours_against" each rival.
     """
-    from tinyvit_jax import onednn
-
     what = f"{'training' if train else 'inference'} at batch {batch}"
     makers: dict[str, tuple[Any, ...]] = {
-        OURS: (_make_counted, make_ours, turn, batch, model, train, batch)}
-    if onednn.turn_on():  # here only to ask
-        makers[WITH_ONEDNN] = (*makers[OURS], True)
-        onednn.turn_on(False)
-    ours = set(makers)
+        OURS: (_make_counted, make_ours, turn, batch, model, train, batch, use_onednn)}
     for rival in rivals:
         makers[rival.name] = (_make_counted, make_rival, turn, batch, rival, model, train, batch)
     with contextlib.ExitStack() as stack:
@@ -184,7 +186,7 @@ def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: f
         say(f"races {what}: {len(contenders)} contenders")
         speeds, busy = race_speeds({name: one.speed for name, one in contenders.items()}, seconds,
                                    _ROUNDS)
-    others = {name: float(np.median(values)) for name, values in speeds.items() if name not in ours}
+    others = {name: float(np.median(values)) for name, values in speeds.items() if name != OURS}
     best = max(others, key=lambda name: others[name], default=None)
     rows = [row | {"per_cpu_second": float(np.median(busy[row["what"]])),
                    "first_seconds": first[row["what"]]}
@@ -221,12 +223,12 @@ def count_steps(turn: Callable[[int], None], batch: int, seconds: float) -> Call
     return whole
 
 
-def make_ours(model: Any, train: bool, batch: int, with_onednn: bool = False
+def make_ours(model: Any, train: bool, batch: int, use_onednn: bool = False
               ) -> tuple[Callable[[int], None], float]:
     """Our contender: fn(n) that does n steps and waits for their end; seconds of compiling."""
     from tinyvit_jax import onednn
 
-    onednn.turn_on(with_onednn)
+    onednn.turn_on(use_onednn)
     return _make_training(model, batch) if train else _make_inference(model, batch)
 
 
@@ -302,7 +304,9 @@ def format_result(result: dict[str, Any]) -> str:
     """The tables of tools/benchmark.py step."""
     settings = result["settings"]
     peak = f", peak {result['peak_tflops']:,.0f} TFLOP/s" if result["peak_tflops"] else ""
-    parts = [f"# {settings['model']} at {result['image_size']} pixels in {result['dtype']}\n\n"
+    products = ", ours with oneDNN" if settings["onednn"] else ""
+    parts = [f"# {settings['model']} at {result['image_size']} pixels in {result['dtype']}"
+             f"{products}\n\n"
              f"{bench_report.format_machine(result['machine'])}\n\n"
              f"{result['device']}{peak}; {result['parameters']:,} parameters, "
              f"{result['macs'] / 1e9:.2f} G multiply-adds an image."]
