@@ -108,6 +108,7 @@ def tiny():
 '''
 
 
+@pytest.mark.filterwarnings("ignore:Importing from timm.models:FutureWarning")
 def test_microsofts_file_finds_the_timm_it_asks_for(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="microsoft/Cream"):
         originals.make_microsoft(str(tmp_path), small[0])
