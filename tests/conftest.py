@@ -23,6 +23,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)  # xdist's worke
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
+@pytest.fixture
+def given_to_onednn(monkeypatch):
+    """The names of the functions that are compiled where oneDNN would take their products."""
+    import jax
+
+    from tinyvit_jax import onednn
+
+    names = set()
+
+    def jit(function, **settings):
+        names.add(getattr(function, "func", function).__name__)  # of a partial: what it calls
+        return jax.jit(function, **settings)
+
+    monkeypatch.setattr(onednn, "jit", jit)
+    return names
+
+
 @pytest.fixture(autouse=True)
 def _heard():
     """Lets caplog hear the package, whatever a test before did to its logger."""

@@ -34,6 +34,11 @@ def test_run_writes_what_it_prints(tmp_path, capsys):
     assert printed.count("float32") == 2
 
 
+def test_it_takes_onednn_where_it_is_on(tmp_path, given_to_onednn):
+    benchmark.run(make_config(), tmp_path)
+    assert given_to_onednn == {"apply"}
+
+
 @pytest.mark.parametrize(("key", "value"), [("batch_sizes", ()), ("batch_sizes", (0,)),
                                             ("dtypes", ()), ("dtypes", ("float16",)),
                                             ("seconds", 0.0)])

@@ -21,12 +21,12 @@ from tinyvit_jax import weights
 from tinyvit_jax.models import (
     VARIANTS,
     convnext,
+    convolution,
     cost,
     create_model,
     describe_shape,
     family_of,
     grouped,
-    layers,
     resnet,
 )
 
@@ -238,8 +238,8 @@ def test_wide_depthwise_convolution(sides):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *sides, 3)).astype(np.float32)
     kernel = rng.normal(size=(7, 7, 1, 3)).astype(np.float32)
-    equal_with_gradients(lambda x, k: layers.depthwise_conv_shifted(x, k, 1),
-                         lambda x, k: layers.depthwise_conv_reference(x, k, 1), x, kernel)
+    equal_with_gradients(lambda x, k: convolution.depthwise_conv_shifted(x, k, 1),
+                         lambda x, k: convolution.depthwise_conv_reference(x, k, 1), x, kernel)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])

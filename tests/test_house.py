@@ -21,7 +21,7 @@ HOST = {"cores", "data.draws", "data.order", "data.ops", "data.jpeg", "data.colo
         "store.stats", "store.microsoft"}
 DEVICE = {"mix", "mesh", "onednn", "optim", "objectives", "objectives.supervised",
           "objectives.stored_logits", "objectives.live_teacher", "models", "models.bases",
-          "models.attention", "models.forms", "models.layers",
+          "models.attention", "models.convolution", "models.forms", "models.layers",
           "models.tinyvit", "models.clip", "models.cost", "models.tokens", "models.vit",
           "models.vit_blocks", "models.grouped", "models.residual", "models.resnet",
           "models.regnet", "models.convnext"}
@@ -101,6 +101,7 @@ FLOORS = {
     "models.forms": (set(), {"jax"}),
     "onednn": (set(), {"jax"}),
     "models.grouped": ({"models.forms"}, JAX),
+    "models.convolution": ({"models.forms", "models.grouped"}, JAX),
     "models.attention": ({"models.forms"}, JAX),
     "models.residual": (DEVICE, JAX | {"flax"}),
     "models.resnet": (DEVICE, JAX | {"flax"}),

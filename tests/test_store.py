@@ -1,15 +1,11 @@
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import pickle
-import random
 import subprocess
 import sys
 import tarfile
 import threading
-from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +17,18 @@ from tiny_store import (
     check_range,
     fill,
     make_manifest,
-    rewrite,
+    make_store,
     shard_file,
     targets,
 )
 
-from tinyvit_jax.store import files, shards
+from tinyvit_jax.store import shards
 from tinyvit_jax.store import store as stores
 
 
 @pytest.fixture
 def store(tmp_path):
-    """A complete store of exact probabilities."""
-    return fill(stores.create_store(tmp_path / "store", make_manifest(codec="float16")))
+    return make_store(tmp_path / "store")
 
 
 def test_every_range_comes_back(store):
@@ -72,71 +67,6 @@ def test_caches_stay_bounded(store, monkeypatch):
         check_range(store, p, 0, 45)
     assert len(store._blocks) == 2
     assert len(store._readers) == 1
-
-
-def test_a_killed_capture_goes_on_where_it_was(store):
-    lost = store.shards()[2]
-    os.remove(shard_file(store, lost))
-    with pytest.raises(stores.StoreError, match=r"pass 0, shard 2 .*missing.*save_logits\.py"):
-        stores.open_store(store.path).read(0, 33, 34)
-    again = stores.create_store(store.path, store.manifest)
-    assert again.missing() == [lost]
-    assert again.verify() == []
-    check_range(fill(again), 0, 30, 45)
-    assert again.missing() == []
-    os.remove(store.path / f"{lost.name}.json")
-    assert again.missing() == [lost]
-
-
-@pytest.mark.parametrize("step", range(1, 5))
-def test_a_writer_killed_at_any_step_leaves_nothing_half_there(store, step):
-    """A real process dies at one of its syncs: sidecar, its name, shard, its name."""
-    victim = store.shards()[1]
-    os.remove(shard_file(store, victim))
-    os.remove(store.path / f"{victim.name}.json")
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-import tiny_store as t
-from tinyvit_jax.store import files
-store = t.stores.open_store({str(store.path)!r})
-done = []
-def sync(path):
-    done.append(path)
-    if len(done) == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-files.sync = sync
-shard = store.missing()[0]
-store.write_shard(shard, t.blocks(store, shard))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=os.getcwd(), check=False,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.returncode == -9
-    left = list(store.path.glob("pass-*/.*.tmp"))
-    assert len(left) == (2, 1, 1, 0)[step - 1]
-    assert store.missing() == ([] if step == 4 else [victim])
-    assert store.verify() == []
-    again = stores.create_store(store.path, store.manifest)
-    assert not any(file.exists() for file in left)
-    fill(again)
-    assert again.verify() == []
-    check_range(again, 0, 0, 45)
-
-
-def test_files_of_living_writers_are_left_alone(store, monkeypatch):
-    ours = files.temporary_path(store.path / "pass-00000" / "shard-00000.array_record")
-    ours.write_bytes(b"")
-    name = ours.name.split(".")
-    name[-4] = "another-machine"
-    theirs = ours.with_name(".".join(name))
-    theirs.write_bytes(b"")
-    stores.create_store(store.path, store.manifest)
-    assert ours.exists()
-    assert theirs.exists()
-    os.utime(theirs, (0, 0))
-    stores.create_store(store.path, store.manifest)
-    assert ours.exists()
-    assert not theirs.exists()
 
 
 @pytest.mark.parametrize(("p", "start", "stop"), [(2, 0, 1), (-1, 0, 1), (0, -1, 3), (0, 3, 3),
@@ -201,151 +131,6 @@ def test_rewritten_shard_is_read_anew(store):
     check_range(store, 0, 0, 16)
     store.write_shard(shard, [(k, i, p / 2) for k, i, p in blocks(store, shard)])
     np.testing.assert_array_equal(store.read(0, 0, 1)[1][0, 0], 0.25)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
-def test_a_full_disk_is_said_and_cleaned_up(tmp_path, monkeypatch):
-    store = stores.create_store(tmp_path, make_manifest())
-    made = []
-
-    def full(path):
-        link = path.with_name("full.tmp")
-        link.symlink_to("/dev/full")
-        made.append(link)
-        return link
-
-    monkeypatch.setattr(files, "temporary_path", full)
-    shard = store.shards()[0]
-    with pytest.raises(stores.StoreError, match=r"No space left .* pass 0, shard 0"):
-        store.write_shard(shard, blocks(store, shard))
-    assert made
-    assert not made[0].is_symlink()
-    assert shard in store.missing()
-
-
-def test_a_disk_full_at_the_last_moment(tmp_path, monkeypatch):
-    store = stores.create_store(tmp_path, make_manifest())
-
-    def sync(path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(files, "sync", sync)
-    shard = store.shards()[0]
-    with pytest.raises(stores.StoreError, match="No space left"):
-        store.write_shard(shard, blocks(store, shard))
-    assert os.listdir(tmp_path / "pass-00000") == []
-
-
-def test_a_shard_that_is_no_longer_ours_is_dropped(tmp_path):
-    store = stores.create_store(tmp_path, make_manifest())
-    shard = store.shards()[0]
-
-    def still_mine():
-        assert any(name.endswith(".tmp") for name in os.listdir(tmp_path / "pass-00000"))
-        return False
-
-    assert store.write_shard(shard, blocks(store, shard), still_mine) is False
-    assert os.listdir(tmp_path / "pass-00000") == []
-    assert store.write_shard(shard, blocks(store, shard), lambda: True) is True
-    assert store.write_shard(shard, blocks(store, shard)) is True
-    assert shard not in store.missing()
-
-
-class Turns:
-    """Lets several threads go on one step at a time, in an order drawn from a seed."""
-
-    def __init__(self, seed, count):
-        self.random, self.count = random.Random(seed), count
-        self.waiting, self.chosen = set(), None
-        self.changed = threading.Condition()
-
-    def wait(self, number):
-        with self.changed:
-            self.waiting.add(number)
-            self._choose()
-            self.changed.wait_for(lambda: self.chosen == number, timeout=20)
-            self.chosen = None
-            self.waiting.discard(number)
-
-    def leave(self):
-        with self.changed:
-            self.count -= 1
-            self._choose()
-
-    def _choose(self):
-        if self.chosen is None and len(self.waiting) == self.count > 0:
-            self.chosen = self.random.choice(sorted(self.waiting))
-            self.changed.notify_all()
-
-
-class SteppedFolder(stores.Folder):
-    """A folder whose every step waits for its turn."""
-
-    def __init__(self, path, turns, number):
-        super().__init__(path)
-        self.step = lambda: turns.wait(number)
-
-    def read(self, name):
-        self.step()
-        return super().read(name)
-
-    def fetch(self, name):
-        self.step()
-        return super().fetch(name)
-
-    @contextlib.contextmanager
-    def publish(self, name):
-        with super().publish(name) as temporary:
-            yield temporary
-            self.step()
-
-
-@pytest.mark.parametrize(("writers", "orders"), [(2, 30), (3, 20)])
-def test_writers_of_other_bytes_at_one_shard_leave_a_pair_that_fits(tmp_path, writers, orders):
-    """Whatever the order of their steps."""
-    manifest = make_manifest(passes=1, views_per_pass=4)
-    stores.create_store(tmp_path, manifest)
-    shard = stores.open_store(tmp_path).shards()[0]
-    contents = list(blocks(stores.open_store(tmp_path), shard))
-    for seed in range(orders):
-        turns, failures = Turns(seed, writers), []
-
-        def write(number, turns=turns, failures=failures):
-            try:
-                store = stores.Store(SteppedFolder(tmp_path, turns, number), manifest)
-                store.write_shard(shard, [(k, i, p / (number + 1)) for k, i, p in contents])
-            except BaseException as error:
-                failures.append(error)
-            finally:
-                turns.leave()
-
-        threads = [threading.Thread(target=write, args=(i,)) for i in range(writers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
-        assert stores.open_store(tmp_path).verify() == []
-
-
-def test_of_different_stores_made_at_once_in_one_place_one_is(tmp_path):
-    start = threading.Barrier(8)
-
-    def make(path, top_k):
-        start.wait()
-        try:
-            return stores.create_store(path, make_manifest(top_k=top_k)).manifest.top_k
-        except stores.StoreError as refusal:
-            return str(refusal)
-
-    with futures.ThreadPoolExecutor(8) as pool:
-        for path in [tmp_path / str(i) for i in range(10)]:
-            results = list(pool.map(make, [path] * 8, [1, 1, 2, 2, 3, 3, 4, 4]))
-            refusals = [result for result in results if isinstance(result, str)]
-            assert len(refusals) == 6
-            assert all("top_k is" in refusal for refusal in refusals)
-            made = stores.open_store(path).manifest.top_k
-            assert [result for result in results if isinstance(result, int)] == [made] * 2
 
 
 def test_a_store_that_grows_keeps_what_its_manifest_says(tmp_path):
@@ -554,105 +339,3 @@ def test_stores_of_the_first_release_are_read(tmp_path, name, atol):
     fill(more)
     assert more.verify() == []
     more.read(1, 0, 45, targets(1, 0, 45)[0])
-
-
-@pytest.fixture
-def keyed(tmp_path):
-    """A complete store that keeps its keys."""
-    return fill(stores.create_store(tmp_path / "keyed", make_manifest(
-        codec="float16", keys="stored", origin={"format": "other"})))
-
-
-def test_stored_keys_come_back_from_every_range(keyed):
-    fresh = stores.open_store(keyed.path)
-    assert fresh.verify() == []
-    assert fresh.manifest == keyed.manifest
-    for start in range(45):
-        for stop in range(start + 1, 46):
-            keys, _, _ = targets(start % 2, start, stop)
-            image, seed = fresh.keys(start % 2, start, stop)
-            assert (image.dtype, seed.dtype) == (np.int64, np.uint32)
-            np.testing.assert_array_equal(image, keys[0])
-            np.testing.assert_array_equal(seed, keys[1])
-    check_range(fresh, 1, 3, 45)
-    with pytest.raises(stores.StoreError, match=r"2 passes of 45 views\.$"):
-        fresh.keys(2, 0, 1)
-
-
-@pytest.mark.parametrize("images", [1 << 32, (1 << 32) + 1, 1 << 40])
-def test_the_largest_stored_keys_come_back(tmp_path, images):
-    m = make_manifest(keys="stored", views_per_pass=4, passes=1,
-                      image_set={**FIELDS["image_set"], "images": images})
-    store = stores.create_store(tmp_path, m)
-    keys = np.array([0, images - 1, 255, 1 << 16]), np.array([0, (1 << 32) - 1, 1 << 31, 7])
-    _, index, prob = targets(0, 0, 4)
-    store.write_shard(store.shards()[0], [(keys, index, prob)])
-    for wanted, found in zip(keys, store.keys(0, 0, 4), strict=True):
-        assert wanted.tolist() == found.tolist()
-
-
-@pytest.mark.parametrize(("which", "value", "message"), [
-    (0, 45, r"view 2 .*image index must lie in \[0, 45\), found 45"),
-    (0, -1, "image index.*found -1"), (1, 1 << 32, "view seed.*found 4294967296")])
-def test_keys_that_cannot_be_stored_are_refused(tmp_path, which, value, message):
-    store = stores.create_store(tmp_path, make_manifest(keys="stored"))
-    contents = list(blocks(store, store.shards()[0]))
-    keys = [part.astype(np.int64) for part in contents[0][0]]
-    keys[which][2] = value
-    with pytest.raises(ValueError, match=message):
-        store.write_shard(store.shards()[0], [(tuple(keys), *contents[0][1:]), *contents[1:]])
-
-
-def test_changed_keys_are_named_though_every_other_checksum_fits(keyed):
-    """A shard written anew with one key flipped behind the back of its digest."""
-    shard = keyed.shards()[3]
-    reader = stores.Reader(shard_file(keyed, shard))
-    records = [bytearray(reader.read(i)) for i in range(reader.count)]
-    records[1][8 + 2] ^= 1  # the low byte of the third view's image index
-    rewrite(shard_file(keyed, shard), records)
-    fresh = stores.open_store(keyed.path)
-    with pytest.raises(stores.StoreError, match=r"pass 1, shard 0 .*block 1: .*digest of its keys"):
-        fresh.keys(1, 4, 8)
-    assert [(p.shard, p.block) for p in fresh.verify()] == [(shard, 1)]
-
-
-def test_a_store_by_formula_has_no_keys_to_give(store):
-    with pytest.raises(stores.StoreError, match="keys=formula"):
-        store.keys(0, 0, 1)
-
-
-def test_other_views_of_a_store_with_keys_are_refused(keyed):
-    image, seed = targets(0, 0, 45)[0]
-    keyed.read(0, 0, 45, (image, seed))
-    with pytest.raises(stores.StoreError, match=r"block 0 .*other views.*follow_store"):
-        keyed.read(0, 0, 45, (image[::-1], seed[::-1]))
-
-
-def test_what_an_imported_store_lacks_is_imported(keyed):
-    os.remove(shard_file(keyed, keyed.shards()[0]))
-    with pytest.raises(stores.StoreError, match=r"missing. Make it with: .*import_store\.py"):
-        stores.open_store(keyed.path).keys(0, 0, 4)
-    assert [str(s) for s in keyed.missing()] == ["pass 0, shard 0"]
-    assert fill(keyed).verify() == []
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"keys": "none"}, "keys='none'.*formula, stored"),
-    ({"keys": "stored", "image_set": {"name": "x"}}, "image_set=.*number of images"),
-    ({"origin": {"format": "other"}}, "origin=.*formula gives the keys")])
-def test_manifests_about_keys_that_cannot_work(tmp_path, changes, message):
-    with pytest.raises(stores.StoreError, match=message):
-        stores.create_store(tmp_path / "new", make_manifest(**changes))
-
-
-def test_the_kind_of_keys_is_compared(keyed):
-    with pytest.raises(stores.StoreError, match=r"keys is 'stored' in the store, 'formula' here"):
-        stores.create_store(keyed.path, make_manifest(codec="float16"))
-
-
-def test_estimate_counts_stored_keys(tmp_path):
-    m = make_manifest(keys="stored")
-    assert stores.blocks.key_bytes(m) == 1 + 4  # 45 images
-    assert stores.blocks.key_bytes(make_manifest()) == 0
-    plain = shards.estimate(1000, 3, 20)
-    assert shards.estimate(1000, 3, 20, key_bytes=8) == plain + 8000

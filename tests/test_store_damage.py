@@ -3,15 +3,23 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_store import blocks, check_range, fill, make_manifest, rewrite, shard_file, targets
+from tiny_store import (
+    blocks,
+    check_range,
+    fill,
+    make_manifest,
+    make_store,
+    rewrite,
+    shard_file,
+    targets,
+)
 
 from tinyvit_jax.store import store as stores
 
 
 @pytest.fixture
 def store(tmp_path):
-    """A complete store of exact probabilities."""
-    return fill(stores.create_store(tmp_path / "store", make_manifest(codec="float16")))
+    return make_store(tmp_path / "store")
 
 
 def flip(data, at):

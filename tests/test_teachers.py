@@ -141,6 +141,11 @@ def test_a_workdir_brings_its_size_normalisation_and_classes(second, workdirs):
     assert np.ptp(expected, 0).min() > 0.01  # a teacher that tells images apart
 
 
+def test_a_model_takes_onednn_where_it_is_on(workdirs, given_to_onednn):
+    run(make_teacher(make_config(weights=str(workdirs / "first"))), make_pixels())
+    assert given_to_onednn == {"log_probs"}
+
+
 def test_a_teacher_without_all_classes(workdirs):
     path = str(workdirs / "second")
     for config in (make_config(weights=path),

@@ -42,6 +42,11 @@ def fill(store):
     return store
 
 
+def make_store(path):
+    """A complete store of exact probabilities."""
+    return fill(stores.create_store(path, make_manifest(codec="float16")))
+
+
 def check_range(store, pass_number, start, stop):
     keys, index, prob = targets(pass_number, start, stop)
     found_index, found_prob = store.read(pass_number, start, stop, keys)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinyvit_jax.models import bases, layers, residual
+from tinyvit_jax.models import bases, convolution, layers, residual
 
 EPSILON = 1e-6  # of every LayerNorm, and of the mean response that responses are divided by
 MLP_RATIO = 4  # hidden width of a block, over the block's
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict] = {
 # Variance about the mean, not as E[x^2] - E[x]^2: a few channels are very large.
 _Norm = partial(nn.LayerNorm, EPSILON, use_fast_variance=False)
 # Compiled by itself, so that its many taps are traced once for all the blocks of a stage.
-_convolve = jax.jit(layers.depthwise_conv, static_argnums=2)
+_convolve = jax.jit(convolution.depthwise_conv, static_argnums=2)
 
 
 class PatchConv(nn.Module):
