@@ -293,7 +293,7 @@ def test_end_to_end_is_whole(tmp_path, capsys):
     took = {row["what"]: row["median"] for row in result["import"]}
     assert took["nothing"] <= took["tinyvit_jax"] <= took["tinyvit_jax.recipe"]
     assert [row["what"] for row in result["first_step"]] == ["empty", "filled"]
-    assert result["training"]["steps"] == 36
+    assert result["training"]["steps"] == 40  # 0.4 of 10,000 images, 100 in a batch
     training = result["training"]
     assert 0 <= training["data_wait"] <= training["most_data_wait"] <= 1
     assert [row["batch"] for row in result["distillation"]] == [100, 2]
