@@ -21,7 +21,6 @@ from tinyvit_jax import weights
 from tinyvit_jax.models import (
     VARIANTS,
     convnext,
-    convolution,
     cost,
     create_model,
     describe_shape,
@@ -230,16 +229,6 @@ def test_grouped_convolution_by_products(groups, outputs, stride):
     equal_with_gradients(lambda x, k: grouped.grouped_conv_by_products(x, k, stride, groups),
                          lambda x, k: grouped.grouped_conv_reference(x, k, stride, groups),
                          x, kernel)
-
-
-@pytest.mark.parametrize("sides", [(9, 8), (3, 2), (1, 1)])
-def test_wide_depthwise_convolution(sides):
-    """7x7 by shifts, on maps that are smaller than the kernel too."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, *sides, 3)).astype(np.float32)
-    kernel = rng.normal(size=(7, 7, 1, 3)).astype(np.float32)
-    equal_with_gradients(lambda x, k: convolution.depthwise_conv_shifted(x, k, 1),
-                         lambda x, k: convolution.depthwise_conv_reference(x, k, 1), x, kernel)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])

@@ -37,11 +37,12 @@ def check_conv(conv, reference, sides, kernel, stride):
         np.testing.assert_allclose(np.float32(a), b, atol=0.03 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("sides", [(8, 8), (7, 5), (1, 2)])
-def test_shifted_depthwise_conv_equals_grouped(sides, stride):
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 1)])
+@pytest.mark.parametrize("sides", [(9, 8), (7, 5), (1, 2)])
+def test_shifted_depthwise_conv_equals_grouped(sides, size, stride):
+    """On maps that are smaller than the kernel too."""
     check_conv(convolution.depthwise_conv_shifted, convolution.depthwise_conv_reference, sides,
-               normal(3, 3, 1, 6, seed=1, scale=0.3), stride)
+               normal(size, size, 1, 6, seed=1, scale=0.9 / size), stride)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2), (5, 1)])
