@@ -10,14 +10,7 @@ import threading
 from concurrent import futures
 
 import pytest
-from tiny_store import (
-    blocks,
-    check_range,
-    fill,
-    make_manifest,
-    make_store,
-    shard_file,
-)
+import tiny_store
 
 from tinyvit_jax.store import files
 from tinyvit_jax.store import store as stores
@@ -25,18 +18,18 @@ from tinyvit_jax.store import store as stores
 
 @pytest.fixture
 def store(tmp_path):
-    return make_store(tmp_path / "store")
+    return tiny_store.make_store(tmp_path / "store")
 
 
 def test_a_killed_capture_goes_on_where_it_was(store):
     lost = store.shards()[2]
-    os.remove(shard_file(store, lost))
+    os.remove(tiny_store.shard_file(store, lost))
     with pytest.raises(stores.StoreError, match=r"pass 0, shard 2 .*missing.*save_logits\.py"):
         stores.open_store(store.path).read(0, 33, 34)
     again = stores.create_store(store.path, store.manifest)
     assert again.missing() == [lost]
     assert again.verify() == []
-    check_range(fill(again), 0, 30, 45)
+    tiny_store.check_range(tiny_store.fill(again), 0, 30, 45)
     assert again.missing() == []
     os.remove(store.path / f"{lost.name}.json")
     assert again.missing() == [lost]
@@ -46,7 +39,7 @@ def test_a_killed_capture_goes_on_where_it_was(store):
 def test_a_writer_killed_at_any_step_leaves_nothing_half_there(store, step):
     """A real process dies at one of its syncs: sidecar, its name, shard, its name."""
     victim = store.shards()[1]
-    os.remove(shard_file(store, victim))
+    os.remove(tiny_store.shard_file(store, victim))
     os.remove(store.path / f"{victim.name}.json")
     code = f"""
 import os, signal, sys
@@ -72,9 +65,9 @@ store.write_shard(shard, t.blocks(store, shard))
     assert store.verify() == []
     again = stores.create_store(store.path, store.manifest)
     assert not any(file.exists() for file in left)
-    fill(again)
+    tiny_store.fill(again)
     assert again.verify() == []
-    check_range(again, 0, 0, 45)
+    tiny_store.check_range(again, 0, 0, 45)
 
 
 def test_files_of_living_writers_are_left_alone(store, monkeypatch):
@@ -95,7 +88,7 @@ def test_files_of_living_writers_are_left_alone(store, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
 def test_a_full_disk_is_said_and_cleaned_up(tmp_path, monkeypatch):
-    store = stores.create_store(tmp_path, make_manifest())
+    store = stores.create_store(tmp_path, tiny_store.make_manifest())
     made = []
 
     def full(path):
@@ -107,14 +100,14 @@ def test_a_full_disk_is_said_and_cleaned_up(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "temporary_path", full)
     shard = store.shards()[0]
     with pytest.raises(stores.StoreError, match=r"No space left .* pass 0, shard 0"):
-        store.write_shard(shard, blocks(store, shard))
+        store.write_shard(shard, tiny_store.blocks(store, shard))
     assert made
     assert not made[0].is_symlink()
     assert shard in store.missing()
 
 
 def test_a_disk_full_at_the_last_moment(tmp_path, monkeypatch):
-    store = stores.create_store(tmp_path, make_manifest())
+    store = stores.create_store(tmp_path, tiny_store.make_manifest())
 
     def sync(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -122,22 +115,22 @@ def test_a_disk_full_at_the_last_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync", sync)
     shard = store.shards()[0]
     with pytest.raises(stores.StoreError, match="No space left"):
-        store.write_shard(shard, blocks(store, shard))
+        store.write_shard(shard, tiny_store.blocks(store, shard))
     assert os.listdir(tmp_path / "pass-00000") == []
 
 
 def test_a_shard_that_is_no_longer_ours_is_dropped(tmp_path):
-    store = stores.create_store(tmp_path, make_manifest())
+    store = stores.create_store(tmp_path, tiny_store.make_manifest())
     shard = store.shards()[0]
 
     def still_mine():
         assert any(name.endswith(".tmp") for name in os.listdir(tmp_path / "pass-00000"))
         return False
 
-    assert store.write_shard(shard, blocks(store, shard), still_mine) is False
+    assert store.write_shard(shard, tiny_store.blocks(store, shard), still_mine) is False
     assert os.listdir(tmp_path / "pass-00000") == []
-    assert store.write_shard(shard, blocks(store, shard), lambda: True) is True
-    assert store.write_shard(shard, blocks(store, shard)) is True
+    assert store.write_shard(shard, tiny_store.blocks(store, shard), lambda: True) is True
+    assert store.write_shard(shard, tiny_store.blocks(store, shard)) is True
     assert shard not in store.missing()
 
 
@@ -193,10 +186,10 @@ class SteppedFolder(stores.Folder):
 @pytest.mark.parametrize(("writers", "orders"), [(2, 30), (3, 20)])
 def test_writers_of_other_bytes_at_one_shard_leave_a_pair_that_fits(tmp_path, writers, orders):
     """Whatever the order of their steps."""
-    manifest = make_manifest(passes=1, views_per_pass=4)
+    manifest = tiny_store.make_manifest(passes=1, views_per_pass=4)
     stores.create_store(tmp_path, manifest)
     shard = stores.open_store(tmp_path).shards()[0]
-    contents = list(blocks(stores.open_store(tmp_path), shard))
+    contents = list(tiny_store.blocks(stores.open_store(tmp_path), shard))
     for seed in range(orders):
         turns, failures = Turns(seed, writers), []
 
@@ -224,7 +217,7 @@ def test_of_different_stores_made_at_once_in_one_place_one_is(tmp_path):
     def make(path, top_k):
         start.wait()
         try:
-            return stores.create_store(path, make_manifest(top_k=top_k)).manifest.top_k
+            return stores.create_store(path, tiny_store.make_manifest(top_k=top_k)).manifest.top_k
         except stores.StoreError as refusal:
             return str(refusal)
 
