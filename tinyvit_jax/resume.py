@@ -20,8 +20,7 @@ _FREE = ("data.workers", "data.threads", "data.prefetch", "data.source", "data.e
          "store.shard_views", "store.block_views",
          "store.teacher", "store.replay", "store.lease", "store.cache", "store.cache_gb", "teacher",
          "train.max_skipped", "eval.batch_size", "eval.checkpoint", "eval.image_size", "benchmark",
-         "compare",
-         "label_only_twin", "export_torch", "onednn")
+         "compare", "label_only_twin", "export_torch", "onednn")
 
 # What runs did whose config had no such key yet.
 _BEFORE = {"augment.pixels": "exact", "augment.greyscale": 0.0, "objective.temperature": 1.0,
