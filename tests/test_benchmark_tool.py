@@ -55,7 +55,7 @@ def test_input_is_whole(jpegs, tmp_path, capsys):
     race = {row["what"]: row for row in result["race"]}
     assert set(race) == {bench_input.ORIGINAL, bench_input.PLAIN, *(
         name + label for name in (bench_input.FILES, bench_input.PACK, bench_input.SHORT)
-        for label in ("", ", no RandAugment", ", exact pixels"))}
+        for label in ("", ", no RandAugment", ", fast pixels", ", exact pixels"))}
     for row in race.values():
         assert 0 < row["low"] <= row["median"] <= row["high"]
         assert row["rounds"] >= 5

@@ -1,4 +1,4 @@
-"""augment.pixels: what "fast" may change, and by how much."""
+"""augment.pixels: what "fast" and "faster" may change, and by how much."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from tinyvit_jax.data import augment, ops
 from tinyvit_jax.models import create_model
 
 SIZE = 64
+QUICK = ("fast", "faster")
 BARE = {"rand_augment": "", "color_jitter": 0.0, "erase": 0.0, "flip": 0.0}
 
 
@@ -37,17 +38,18 @@ def encode(image: np.ndarray, *options: int) -> bytes:
     return cv2.imencode(".jpg", image, options)[1].tobytes()
 
 
-def test_fast_is_of_imagenet_alone_and_absent_where_it_is_exact():
-    fast = make_spec(pixels="fast")
-    assert fast.pixels == "fast"
+@pytest.mark.parametrize("pixels", QUICK)
+def test_it_is_of_imagenet_alone_and_absent_where_it_is_exact(pixels):
+    fast = make_spec(pixels=pixels)
+    assert fast.pixels == pixels
     assert augment.from_dict(json.loads(json.dumps(augment.to_dict(fast)))) == fast
-    assert make_spec(pixels="fast", spec="small").pixels == "exact"
-    assert make_spec(pixels="fast", spec="none", rand_augment="").pixels == "exact"
+    assert make_spec(pixels=pixels, spec="small").pixels == "exact"
+    assert make_spec(pixels=pixels, spec="none", rand_augment="").pixels == "exact"
     # Stores written before there was a choice have no such field.
     exact = make_spec(pixels="exact")
     assert "pixels" not in augment.to_dict(exact)
     assert augment.from_dict(augment.to_dict(exact)) == exact
-    with pytest.raises(augment.SpecError, match=r"augment\.pixels=best is unknown: .*fast"):
+    with pytest.raises(augment.SpecError, match=r"augment\.pixels=best is unknown: .*fast, faster"):
         make_spec(pixels="best")
 
 
@@ -57,9 +59,10 @@ def mean_difference(one: np.ndarray, other: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("size", "bound", "worst"), [(224, 2.0, 4.0), (SIZE, 3.0, 9.0)],
                          ids=["bilinear", "decoded at a fraction"])
-def test_fast_views_are_near_the_exact(size, bound, worst):
+@pytest.mark.parametrize("pixels", QUICK)
+def test_fast_views_are_near_the_exact(pixels, size, bound, worst):
     data = encode(soft_image(400, 500))
-    exact, fast = (make_spec(size, pixels=pixels, **BARE) for pixels in ("exact", "fast"))
+    exact, fast = (make_spec(size, pixels=name, **BARE) for name in ("exact", pixels))
     apart = [mean_difference(augment.replay(data, "x", seed, exact),
                              augment.replay(data, "x", seed, fast)) for seed in range(60)]
     assert 0 < np.mean(apart) < bound
@@ -75,12 +78,25 @@ def test_fast_geometry_is_near_the_exact():
     assert augment.rand_augment.FAST["Invert"] is augment.rand_augment.OPERATIONS["Invert"]
 
 
+def test_faster_moves_by_whole_pixels():
+    image = soft_image(224, 224)
+    tables = augment.rand_augment.BY_PIXELS
+    for name in ("TranslateXRel", "TranslateYRel"):
+        # 0.3 of the width is 67.2 pixels: "faster" reads from 67.
+        whole = tables["exact"][name](image, 67 / 224, (124, 116, 104))
+        assert mean_difference(tables["fast"][name](image, 0.3, (124, 116, 104)), whole) > 0
+        np.testing.assert_array_equal(tables["faster"][name](image, 0.3, (124, 116, 104)), whole)
+    same = set(tables["fast"]) - {"TranslateXRel", "TranslateYRel"}
+    assert all(tables["faster"][name] is tables["fast"][name] for name in same)
+
+
 @pytest.mark.parametrize(("options", "bound"), [
     ((), 2.0), ((cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444), 0.0)],
     ids=["shared colours", "a colour for each pixel"])
-def test_a_plain_file_and_its_decoded_image_give_one_fast_view(options, bound):
+@pytest.mark.parametrize("pixels", QUICK)
+def test_a_plain_file_and_its_decoded_image_give_one_fast_view(pixels, options, bound):
     """But for colours that pixels share, and at a fraction of the size, which is not taken here."""
-    spec = make_spec(224, pixels="fast", **BARE)
+    spec = make_spec(224, pixels=pixels, **BARE)
     data = encode(soft_image(300, 400), *options)
     apart = [mean_difference(augment.replay(data, "x", seed, spec),
                              augment.apply_view(ops.decode(data, "x"),
@@ -91,7 +107,7 @@ def test_a_plain_file_and_its_decoded_image_give_one_fast_view(options, bound):
 
 
 @pytest.mark.parametrize("changes", [
-    {"pixels": "fast"}, {"pixels": "exact"}, {"spec": "small"}, {"spec": "microsoft"},
+    {"pixels": "faster"}, {"pixels": "fast"}, {"pixels": "exact"}, {"spec": "small"}, {"spec": "microsoft"},
     {"spec": "none", "rand_augment": ""}], ids=lambda changes: "-".join(changes.values()))
 def test_a_batch_is_its_views_one_by_one(changes):
     """Of files of every kind and size, all views kept until the last is there."""
@@ -119,24 +135,47 @@ def test_a_window_that_cannot_be_cut_is_the_same_view(monkeypatch):
         np.testing.assert_array_equal(augment.replay(data, "x", seed, spec), view)
 
 
-def test_bilinear_shrinks_to_half_at_most():
-    image = soft_image(200, 200)
-    assert np.array_equal(ops.resize(image, 90, 90, bilinear=True), ops.resize(image, 90, 90))
-    assert not np.array_equal(ops.resize(image, 110, 110, bilinear=True),
-                              ops.resize(image, 110, 110))
+def resize_in_float64(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear between the centres of pixels, the edge's beyond it; not rounded."""
+    out = image.astype(float)
+    for axis, size in ((0, height), (1, width)):
+        old = out.shape[axis]
+        at = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        low = np.minimum(at.astype(int), max(old - 2, 0))
+        part = np.expand_dims(at - low, (1, 2) if axis == 0 else (0, 2))
+        out = (1 - part) * out.take(low, axis) + part * out.take(low + 1, axis)
+    return out
+
+
+# Half a level of rounding; on each axis what weights of 8 or 11 bits are off, 255 / 2**(bits + 1);
+# and of the second kernel, two quarters of a level that are cut off before its rows are summed.
+@pytest.mark.parametrize(("pixels", "least", "bound"), [
+    ("fast", 2, 0.5 + 255 / 2**8), ("faster", 3, 0.5 + 255 / 2**11 + 0.5)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_bilinear_is_that_of_float64_and_has_an_end(pixels, least, bound, channels):
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 256, (120, 120, channels), np.uint8)
+    for height, width in ((224, 150), (120, 90), (90, 121), (120 // least, 70), (60, 60)):
+        error = ops.resize(noise, height, width, pixels) - resize_in_float64(noise, height, width)
+        assert np.abs(error).max() <= bound, (height, width)
+    beyond = 120 // least - 1
+    for height, width in ((beyond, 100), (100, beyond), (beyond, beyond)):
+        np.testing.assert_array_equal(ops.resize(noise, height, width, pixels),
+                                      ops.resize(noise, height, width))
 
 
 def test_logits_move_as_little_as_between_two_libraries():
     """Fast against exact, beside PIL's bicubic resize of the same crops against exact."""
-    exact, fast = (make_spec(SIZE, pixels=pixels, **BARE) for pixels in ("exact", "fast"))
-    views: dict[str, list] = {"exact": [], "fast": [], "pil": []}
+    specs = {pixels: make_spec(SIZE, pixels=pixels, **BARE) for pixels in ("exact", *QUICK)}
+    views: dict[str, list] = {name: [] for name in (*specs, "pil")}
     for seed in range(24):
         image = soft_image(120, 160, seed)
         data = encode(image)
-        views["exact"].append(augment.replay(data, "x", seed, exact))
-        views["fast"].append(augment.replay(data, "x", seed, fast))
+        for name, spec in specs.items():
+            views[name].append(augment.replay(data, "x", seed, spec))
         whole = Image.open(io.BytesIO(data)).convert("RGB")
-        y0, x0, y1, x1 = augment.crop_box(augment.sample_view(seed, exact), exact, 120, 160)
+        view = augment.sample_view(seed, specs["exact"])
+        y0, x0, y1, x1 = augment.crop_box(view, specs["exact"], 120, 160)
         views["pil"].append(np.asarray(whole.resize((SIZE, SIZE), Image.Resampling.BICUBIC,
                                                     box=(x0, y0, x1, y1))))
     model = create_model("tiny_vit", num_classes=10, image_size=SIZE, depths=(1, 1, 1, 1),
@@ -149,6 +188,7 @@ def test_logits_move_as_little_as_between_two_libraries():
         for name, pixels in views.items()}
     spread = logits["exact"].std(0).mean()
     moved = {name: np.abs(logits[name] - logits["exact"]).mean() / spread
-             for name in ("fast", "pil")}
-    assert 0 < moved["fast"] < 0.1
-    assert moved["fast"] < 4 * moved["pil"]
+             for name in (*QUICK, "pil")}
+    for name in QUICK:
+        assert 0 < moved[name] < 0.1
+        assert moved[name] < 4 * moved["pil"]

@@ -38,6 +38,17 @@ def test_translation_seldom_differs_from_pil_at_all():
     assert np.mean(shares) < 0.025
 
 
+@pytest.mark.parametrize("fraction", [0.4017, -0.4017, 0.0, 0.45, -1.5, 1.0, -1.0, 0.0125])
+@pytest.mark.parametrize("name", IMAGES)
+def test_translation_by_whole_pixels_takes_them_as_they_are(name, fraction):
+    image = IMAGES[name]
+    h, w = image.shape[:2]
+    right = pil_affine(image, 1, 0, round(fraction * w), 0, 1, 0)
+    down = pil_affine(image, 1, 0, 0, 0, 1, round(fraction * h))
+    assert np.array_equal(warp.translate_x(image, fraction, FILL, whole=True), right)
+    assert np.array_equal(warp.translate_y(image, fraction, FILL, whole=True), down)
+
+
 def test_translation_of_a_flat_image_stays_flat():
     for level in (1, 77, 200, 255):
         image = np.full((8, 50, 3), level, np.uint8)

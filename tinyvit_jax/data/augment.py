@@ -105,13 +105,12 @@ def replay_batch(images: Sequence[tuple[bytes, str]], seeds: Sequence[int], spec
                    apply_view(ops.decode(data, name), sample_view(seed, spec), spec))
         return
     size = spec.image_size
-    fast = spec.pixels == "fast"
     views = [_sample_but_crop(seed, spec) for seed in seeds]
     windows = [ops.find_window(data, name, functools.partial(_place_seeds_crop, seed, view, spec))
                for (data, name), seed, view in zip(images, seeds, views, strict=True)]
     for window, view in zip(windows, views, strict=True):
-        pixels = ops.decode_window(window, enough=size if fast else 0)
-        yield _finish(ops.resize(pixels, size, size, fast), view, spec)
+        pixels = ops.decode_window(window, enough=0 if spec.pixels == "exact" else size)
+        yield _finish(ops.resize(pixels, size, size, spec.pixels), view, spec)
 
 
 def _place_seeds_crop(seed: int, view: View, spec: Spec, height: int, width: int) -> Box:
@@ -245,7 +244,7 @@ def apply_view(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
     if spec.spec == "imagenet":
         y0, x0, y1, x1 = crop_box(view, spec, *image.shape[:2])
         image = ops.resize(ops.crop(image, y0, x0, y1 - y0, x1 - x0), size, size,
-                           spec.pixels == "fast")
+                           spec.pixels)
     else:
         free = 2 * spec.pad + 1
         image = ops.pad(ops.resize(image, size, size), spec.pad)
@@ -256,7 +255,7 @@ def apply_view(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
 def _finish(image: np.ndarray, view: View, spec: Spec) -> np.ndarray:
     """All of a view after its crop: uint8 [S, S, 3], or 4 bytes a pixel, -> [S, S, 3]."""
     image = ops.flip(image) if view.flip else ops.as_rgb(image)
-    operations = rand_augment.FAST if spec.pixels == "fast" else rand_augment.OPERATIONS
+    operations = rand_augment.BY_PIXELS[spec.pixels]
     for name, argument in view.ops:
         image = operations[name](image, argument, spec.fill)
     if view.erase != NO_BOX:

@@ -27,6 +27,11 @@ cv2.setNumThreads(0)
 Fill = tuple[int, int, int]
 
 JPEG_QUALITY = 90
+# How many times smaller a side may become by a bilinear kernel, by Spec.pixels. The first kernel is
+# the one that OpenCV promises to be equal bit by bit on every machine. The second was equal in its
+# releases 4.10, 4.12 and 5.0, with AVX2 and without.
+_BILINEAR = {"exact": (0, cv2.INTER_AREA), "fast": (2, cv2.INTER_LINEAR_EXACT),
+             "faster": (3, cv2.INTER_LINEAR)}
 _FITS_CACHE = 1 << 21  # values of an image that are worth a copy as float32
 
 _kept = threading.local()
@@ -192,7 +197,7 @@ def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
 
 
-def resize(image: np.ndarray, height: int, width: int, bilinear: bool = False) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int, pixels: str = "exact") -> np.ndarray:
     """Resizes for training: area averaging when both sides shrink, else OpenCV's bicubic.
 
     Area averaging avoids aliasing as PIL's widened bicubic does, a little softer and much faster.
@@ -201,8 +206,9 @@ def resize(image: np.ndarray, height: int, width: int, bilinear: bool = False) -
         image: uint8 [h, w, 3], or 4 bytes a pixel.
         height: rows of the result.
         width: columns of the result.
-        bilinear: interpolate from four pixels where no side shrinks to less than half: three times
-            as fast again, a little sharper with some aliasing (what tf.image.resize does).
+        pixels: "fast" interpolates from four pixels where no side shrinks to less than half: three
+            times as fast again, a little sharper with some aliasing (what tf.image.resize does).
+            "faster" does so down to a third, with weights of 11 bits: four times as fast.
 
     Returns:
         uint8 [height, width, 3], or 4 bytes as they came.
@@ -211,9 +217,9 @@ def resize(image: np.ndarray, height: int, width: int, bilinear: bool = False) -
     if (h, w) == (height, width):
         return image
     use_open_kernels()
-    if bilinear and h <= 2 * height and w <= 2 * width:
-        # The one that OpenCV promises to be equal bit by bit on every machine.
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+    least, kernel = _BILINEAR[pixels]
+    if h <= least * height and w <= least * width:
+        return cv2.resize(image, (width, height), interpolation=kernel)
     if h < height or w < width:
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     blocks = h % height == 0 and w % width == 0  # which OpenCV sums up another way

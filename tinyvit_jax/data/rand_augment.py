@@ -62,6 +62,10 @@ OPERATIONS.update({name + "Increasing": OPERATIONS[name] for name in _GROWING})
 # The same with bilinear interpolation where they interpolate.
 FAST = OPERATIONS | {name: functools.partial(operation, bilinear=True) for name, operation in (
     ("Rotate", warp.rotate), ("ShearX", warp.shear_x), ("ShearY", warp.shear_y))}
+# And moved by whole pixels.
+FASTER = FAST | {name: functools.partial(operation, whole=True) for name, operation in (
+    ("TranslateXRel", warp.translate_x), ("TranslateYRel", warp.translate_y))}
+BY_PIXELS = {"exact": OPERATIONS, "fast": FAST, "faster": FASTER}  # by Spec.pixels
 
 _BLENDS = ("Color", "Contrast", "Brightness", "Sharpness")
 SIGNED = frozenset(name + "Increasing" for name in _BLENDS) | {

@@ -7,7 +7,7 @@ from typing import Any
 from tinyvit_jax.data import rand_augment
 
 SPECS = ("imagenet", "small", "none", "microsoft")
-PIXELS = ("exact", "fast")
+PIXELS = ("exact", "fast", "faster")
 # Of the code that draws and applies views: ours, and the original's rules in data/microsoft.py.
 VERSION, MICROSOFT_VERSION = 1, 1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]

@@ -4,7 +4,8 @@ Translation gives PIL's pixels within one level. Rotation and shear interpolate 
 bicubic kernel (a = -0.75) where PIL has a = -1 and cuts fractions off: half a level apart on
 average, more on edges and on the border of the filled outside. OpenCV 5 interpolates at the very
 coordinates, releases before it at the nearest 1/32 pixel. `bilinear` takes four pixels instead of
-sixteen: the view of augment.pixels=fast.
+sixteen: the view of augment.pixels=fast. That of "faster" is translated by whole pixels besides, as
+torchvision's is.
 """
 
 import math
@@ -42,14 +43,16 @@ def shear_y(image: np.ndarray, factor: float, fill: ops.Fill, bilinear: bool = F
     return _warp(image, (1, 0, 0, factor, 1, 0), fill, bilinear)
 
 
-def translate_x(image: np.ndarray, fraction: float, fill: ops.Fill) -> np.ndarray:
+def translate_x(image: np.ndarray, fraction: float, fill: ops.Fill, whole: bool = False
+                ) -> np.ndarray:
     """Reads each pixel from `fraction` of the width further right."""
-    return _shift(image, fraction * image.shape[1], 1, fill)
+    return _shift(image, fraction * image.shape[1], 1, fill, whole)
 
 
-def translate_y(image: np.ndarray, fraction: float, fill: ops.Fill) -> np.ndarray:
+def translate_y(image: np.ndarray, fraction: float, fill: ops.Fill, whole: bool = False
+                ) -> np.ndarray:
     """Reads each pixel from `fraction` of the height further down."""
-    return _shift(image, fraction * image.shape[0], 0, fill)
+    return _shift(image, fraction * image.shape[0], 0, fill, whole)
 
 
 def _warp(image: np.ndarray, inverse: tuple[float, ...], fill: ops.Fill,
@@ -72,17 +75,27 @@ def _warp(image: np.ndarray, inverse: tuple[float, ...], fill: ops.Fill,
     return np.clip(np.rint(out, out=out), 0, 255, out=out).astype(np.uint8)
 
 
-def _shift(image: np.ndarray, distance: float, axis: int, fill: ops.Fill) -> np.ndarray:
-    """Reads each pixel from `distance` pixels further along an axis with PIL's cubic (a = -1)."""
-    whole = math.floor(distance)
-    d = distance - whole
-    taps = np.array([-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2])
+def _shift(image: np.ndarray, distance: float, axis: int, fill: ops.Fill, whole: bool
+           ) -> np.ndarray:
+    """Reads each pixel from `distance` pixels further along an axis, where `whole` rounded."""
+    if whole:
+        distance = round(distance)
     size = image.shape[axis]
     low, high = max(0, math.ceil(-distance - 0.5)), min(size, math.ceil(size - distance - 0.5))
     if low >= high:
         return np.broadcast_to(np.array(fill, np.uint8), image.shape).copy()
-    # What is shown, with one pixel more before it and two after.
-    seen = slice(low + whole + 1, high + whole + 4)
+    first = low + math.floor(distance)
+    shown = slice(first, first + high - low)
+    moved = (image[shown] if axis == 0 else image[:, shown]) if whole else _interpolate(
+        image, shown, distance - math.floor(distance), axis)
+    return _extend(moved, axis, low, size - high, cv2.BORDER_CONSTANT, fill)
+
+
+def _interpolate(image: np.ndarray, shown: slice, d: float, axis: int) -> np.ndarray:
+    """The pixels that lie `d` in [0, 1) behind a slice along an axis, by PIL's cubic (a = -1)."""
+    taps = np.array([-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2])
+    # With one pixel more before and two after.
+    seen = slice(shown.start + 1, shown.stop + 4)
     edged = _extend(image, axis, 2, 2, cv2.BORDER_REPLICATE)
     edged = edged[seen] if axis == 0 else edged[:, seen]
     moved, cut = ops.work_in(edged.shape)
@@ -91,8 +104,7 @@ def _shift(image: np.ndarray, distance: float, axis: int, fill: ops.Fill) -> np.
     cv2.filter2D(edged, cv2.CV_32F, np.expand_dims(taps, 1 - axis), dst=moved,
                  anchor=(0, 1) if axis == 0 else (1, 0), delta=1 / 4096)
     np.clip(moved, 0, 255, out=cut)
-    shown = (cut[1:-2] if axis == 0 else cut[:, 1:-2]).astype(np.uint8)
-    return _extend(shown, axis, low, size - high, cv2.BORDER_CONSTANT, fill)
+    return (cut[1:-2] if axis == 0 else cut[:, 1:-2]).astype(np.uint8)
 
 
 def _extend(image: np.ndarray, axis: int, before: int, after: int, kind: int,

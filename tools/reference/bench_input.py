@@ -152,7 +152,7 @@ def _describe(source: ImageSource) -> dict[str, Any]:
             "width": float(np.median(sizes[:, 0])), "height": float(np.median(sizes[:, 1]))}
 
 
-def make_spec(kind: str, image_size: int, rand_augment_on: bool = True, pixels: str = "fast"
+def make_spec(kind: str, image_size: int, rand_augment_on: bool = True, pixels: str = "faster"
               ) -> Spec:
     """The views of the recipes: crop, flip, rand-m9-mstd0.5-inc1, erasing of a quarter.
 
@@ -160,7 +160,7 @@ def make_spec(kind: str, image_size: int, rand_augment_on: bool = True, pixels: 
         kind: "imagenet", or "microsoft" for the original's own.
         image_size: pixels.
         rand_augment_on: False leaves RandAugment out, and has no colour jitter in its place.
-        pixels: "fast" or "exact".
+        pixels: "faster", "fast" or "exact".
     """
     section = configs.default().augment
     section.update({"spec": kind, "pixels": pixels})
@@ -181,7 +181,8 @@ def make_turns(sources: dict[str, ImageSource], image_size: int) -> dict[str, Ca
         spec = make_spec("microsoft", image_size, on)
         turns[name] = _make_turn(sources[FILES], partial(_view_original, spec=spec))
     for name, source in sources.items():
-        for label, on, pixels in (("", True, "fast"), (", no RandAugment", False, "fast"),
+        for label, on, pixels in (("", True, "faster"), (", no RandAugment", False, "faster"),
+                                  (", fast pixels", True, "fast"),
                                   (", exact pixels", True, "exact")):
             spec = make_spec("imagenet", image_size, on, pixels)
             turns[name + label] = _make_turn(source, partial(augment.replay_batch, spec=spec))
@@ -258,8 +259,7 @@ class _Clock:
 _OUR_STAGES: tuple[tuple[Any, tuple[str, ...], str], ...] = (
     (ops, ("decode", "find_window", "decode_window"), "decode"),
     (ops, ("crop", "resize"), "crop and resize"),
-    (rand_augment.OPERATIONS, tuple(rand_augment.OPERATIONS), "RandAugment"),
-    (rand_augment.FAST, tuple(rand_augment.FAST), "RandAugment"))
+    *((table, tuple(table), "RandAugment") for table in rand_augment.BY_PIXELS.values()))
 _ORIGINAL_STAGES: tuple[tuple[Any, tuple[str, ...], str], ...] = (
     (original_input, ("decode",), "decode"),
     (original_input, ("crop_and_resize",), "crop and resize"),
