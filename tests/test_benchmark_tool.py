@@ -1,6 +1,7 @@
 """tools/benchmark.py input, step, end_to_end and live: they measure what they say they do."""
 
 import json
+import shutil
 
 import benchmark
 import numpy as np
@@ -182,6 +183,20 @@ def test_step_is_whole(shallow, tmp_path, capsys, sizes):
         ours = rows[bench_step.OURS]
         flops = ours["median"] * result["macs"] * 2 * (3 if case["train"] else 1)
         assert ours["utilisation"] == pytest.approx(flops / 0.5e12)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_weights_that_are_built_in_on_both_sides_are_for_inference_alone(shallow, tmp_path):
+    pytest.importorskip("torch")
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    benchmark.main(["step", "--image_size=32", "--classes=10", "--batch_sizes=2",
+                    "--train_batches=2", "--frozen", "--seconds=0.01", f"--out={tmp_path}"])
+    result = json.loads((tmp_path / "step.json").read_text())
+    raced = [{row["what"] for row in case["rows"]} for case in result["cases"]]
+    assert raced[0] - raced[1] == {"PyTorch, torch.compile, frozen"}
+    assert raced[1] < raced[0]
 
 
 def test_the_step_with_onednn_needs_it(monkeypatch):

@@ -35,7 +35,7 @@ LOOP = {"feed", "live", "memory", "meter", "packing", "program", "resident", "re
 
 # module or package: (modules of the project it may import, outside packages it may import)
 FLOORS = {
-    "__init__": ({"models", "weights"}, set()),
+    "__init__": ({"inference", "models", "weights"}, set()),
     "batch": (set(), NUMPY),
     "cores": (set(), set()),
     "config": (set(), {"ml_collections"}),
@@ -100,6 +100,7 @@ FLOORS = {
     "models.vit_blocks": (DEVICE, JAX | {"flax"}),
     "models.forms": (set(), {"jax"}),
     "onednn": (set(), {"jax"}),
+    "inference": ({"onednn"}, {"jax"}),
     "models.grouped": ({"models.forms"}, JAX),
     "models.convolution": ({"models.forms", "models.grouped"}, JAX),
     "models.attention": ({"models.forms"}, JAX),

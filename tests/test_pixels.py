@@ -108,7 +108,8 @@ def test_a_plain_file_and_its_decoded_image_give_one_fast_view(pixels, options, 
 
 @pytest.mark.parametrize("changes", [
     {"pixels": "faster"}, {"pixels": "fast"}, {"pixels": "exact"}, {"spec": "small"},
-    {"spec": "microsoft"}, {"spec": "none", "rand_augment": ""}], ids=lambda changes: "-".join(changes.values()))
+    {"spec": "microsoft"}, {"spec": "none", "rand_augment": ""}],
+    ids=lambda changes: "-".join(changes.values()))
 def test_a_batch_is_its_views_one_by_one(changes):
     """Of files of every kind and size, all views kept until the last is there."""
     spec = make_spec(**changes)

@@ -156,7 +156,7 @@ def probe_steps() -> None:
         # One block of each kind: compiling costs more than measuring.
         model = TinyViT(10, 64, embed_dims=(32, 64, 96, 160), depths=(1, 1, 0, 0),
                         num_heads=(1, 2, 3, 5), window_sizes=(4, 4, 4, 2))
-        rivals, _ = bench_torch.find_rivals("", False, False, "cpu", False, 1)
+        rivals, _ = bench_torch.find_rivals("", False, False, False, "cpu", False, 1)
         found = {}
         for what, train in (("inference", False), ("training", True)):
             case = bench_step.race_case(rivals, model, train, 8, 0, print, 0.05)

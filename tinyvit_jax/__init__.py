@@ -8,7 +8,7 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "load_weights"]
+__all__ = ["__version__", "compile_inference", "create_model", "load_weights"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +17,10 @@ def __getattr__(name: str) -> Any:
         from tinyvit_jax.models import create_model
 
         return create_model
+    if name == "compile_inference":
+        from tinyvit_jax.inference import compile_inference
+
+        return compile_inference
     if name == "load_weights":
         from tinyvit_jax.weights import load_weights
 

@@ -9,24 +9,22 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tinyvit_jax import heads, log, mix, weights
+from tinyvit_jax import heads, inference, log, mix, weights
 from tinyvit_jax.data import augment, ops
 
 
 def predict(trained: weights.Trained, paths: list[str], top: int) -> list[list[tuple[str, float]]]:
     """The top classes of each file with their probabilities."""
-    @jax.jit
-    def probabilities(variables, image):
-        pixels = mix.normalize(image[None], trained.mean, trained.std)
-        return jax.nn.softmax(trained.model.apply(variables, pixels, train=False))[0]
-
+    infer = inference.compile_inference(trained.model, trained.variables)
     found = []
     for path in paths:
         image = augment.eval_view(ops.decode(Path(path).read_bytes(), path),
                                   trained.model.image_size, trained.crop, trained.crop_ratio)
-        prob = np.asarray(probabilities(trained.variables, image))
+        pixels = mix.normalize(jnp.asarray(image)[None], trained.mean, trained.std)
+        prob = np.asarray(jax.nn.softmax(infer(pixels))[0])
         best = np.argsort(-prob, kind="stable")[:top]
         found.append([(trained.class_names[i], float(prob[i])) for i in best])
     return found

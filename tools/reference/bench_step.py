@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     seconds: float = 5.0
     microsoft: str = ""
     timm: bool = False
+    frozen: bool = False
     eager: bool = False
     onednn: bool = False
     peak_tflops: float = 0.0
@@ -58,6 +59,7 @@ MEANINGS = {
     "seconds": "that each contender runs for, about, at each batch size",
     "microsoft": "folder TinyViT of a checkout of microsoft/Cream: its class takes part",
     "timm": "the installed timm's class takes part",
+    "frozen": "inference with PyTorch's weights built in, too: torch.compile with \"freezing\"",
     "eager": "without torch.compile, which takes minutes on a CPU",
     "onednn": "ours as --config.onednn=True has it: on a CPU with oneDNN's matrix products",
     "peak_tflops": "of the device, for the model FLOP utilisation; 0 = by a table, where known",
@@ -150,7 +152,7 @@ def _find_rivals(settings: Settings, platform: str, bfloat16: bool) -> tuple[lis
     if platform not in devices:
         return [], [f"PyTorch has no access to the {platform} that JAX uses, so ours ran alone."]
     return bench_torch.find_rivals(settings.microsoft, settings.timm, not settings.eager,
-                                   devices[platform], bfloat16, count_cpus())
+                                   settings.frozen, devices[platform], bfloat16, count_cpus())
 
 
 def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: float,
@@ -176,6 +178,8 @@ def race_case(rivals: list[Any], model: Any, train: bool, batch: int, seconds: f
     makers: dict[str, tuple[Any, ...]] = {
         OURS: (_make_counted, make_ours, turn, batch, model, train, batch, use_onednn)}
     for rival in rivals:
+        if train and rival.inference_alone:
+            continue
         makers[rival.name] = (_make_counted, make_rival, turn, batch, rival, model, train, batch)
     with contextlib.ExitStack() as stack:
         contenders, first = {}, {}
@@ -236,22 +240,22 @@ def _make_inference(model: Any, batch: int) -> tuple[Callable[[int], None], floa
     import jax
     import jax.numpy as jnp
 
-    from tinyvit_jax import onednn
+    from tinyvit_jax import inference
     from tinyvit_jax.program import run_once
 
     shape = (batch, model.image_size, model.image_size, 3)
     images = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     variables = run_once(partial(model.init, train=False), jax.random.key(0), images[:1])
     began = time.perf_counter()
-    apply = onednn.jit(partial(model.apply, train=False))
-    apply.lower(variables, images).compile()  # a call finds it
+    infer = inference.compile_inference(model, variables)
+    infer(images).block_until_ready()
     compiled = time.perf_counter() - began
     # On a CPU calls that nobody waits for run side by side; PyTorch's do not.
     each = jax.default_backend() == "cpu"
 
     def turn(steps: int) -> None:
         for _ in range(steps):
-            logits = apply(variables, images)
+            logits = infer(images)
             if each:
                 logits.block_until_ready()
         logits.block_until_ready()
@@ -295,9 +299,10 @@ def _make_training(model: Any, batch: int) -> tuple[Callable[[int], None], float
 _RACE = """\
 Images a second: median and quartiles of turns of about {turn} s, taken in rotation, each contender
 in a process of its own; the ratio is that of the same rounds to the best rival. First: seconds of
-compiling (ours), or of the first two steps with whatever they compile (PyTorch). Training is one
-whole update from a batch on the device: {dtype} forward and backward, smoothed cross-entropy, the
-gradient cut to length 5, AdamW; ours normalises uint8 images in it."""
+compiling (ours), or of the first two steps with whatever they compile (PyTorch). Inference of ours
+is tinyvit_jax.compile_inference, with the weights built in; "frozen" is PyTorch's likewise.
+Training is one whole update from a batch on the device: {dtype} forward and backward, smoothed
+cross-entropy, the gradient cut to length 5, AdamW; ours normalises uint8 images in it."""
 
 
 def format_result(result: dict[str, Any]) -> str:

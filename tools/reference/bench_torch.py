@@ -12,6 +12,7 @@ from reference import originals
 from reference.torch_fast import FastTinyViT
 
 PLAIN, CHANNELS_LAST, COMPILED = "plain", "channels_last", "torch.compile"
+FROZEN = "torch.compile, frozen"
 
 
 class Rival(NamedTuple):
@@ -19,7 +20,7 @@ class Rival(NamedTuple):
 
     Attributes:
         origin: "Microsoft", "timm" or "PyTorch", which is ours written for PyTorch.
-        form: PLAIN, CHANNELS_LAST or COMPILED.
+        form: PLAIN, CHANNELS_LAST, COMPILED or FROZEN, its weights built into the program.
         device: "cpu" or "cuda".
         bfloat16: activations by autocast; else float32 throughout.
         threads: of the CPU.
@@ -38,15 +39,21 @@ class Rival(NamedTuple):
         """As the tables call it."""
         return f"{self.origin}, {self.form}"
 
+    @property
+    def inference_alone(self) -> bool:
+        """Whether it cannot train."""
+        return self.form == FROZEN
 
-def find_rivals(microsoft: str, timm: bool, compiled: bool, device: str, bfloat16: bool,
-                threads: int) -> tuple[list[Rival], list[str]]:
+
+def find_rivals(microsoft: str, timm: bool, compiled: bool, frozen: bool, device: str,
+                bfloat16: bool, threads: int) -> tuple[list[Rival], list[str]]:
     """Whom to race against, and notes on what was left out or set, for the reader.
 
     Args:
         microsoft: folder TinyViT of a checkout of microsoft/Cream; "" = without it.
         timm: whether the installed timm's class takes part.
         compiled: whether torch.compile does, where it can.
+        frozen: whether it does with the weights built in as well.
         device: "cpu" or "cuda".
         bfloat16: activations by autocast.
         threads: of the CPU.
@@ -59,7 +66,8 @@ def find_rivals(microsoft: str, timm: bool, compiled: bool, device: str, bfloat1
         compiled = False
         notes.append("torch.compile was left out: on a CPU it needs a C++ compiler, and there is "
                      "neither g++ nor clang++.")
-    forms = (PLAIN, CHANNELS_LAST, *((COMPILED,) if compiled else ()))
+    forms = (PLAIN, CHANNELS_LAST, *((COMPILED,) if compiled else ()),
+             *((FROZEN,) if compiled and frozen else ()))
     return [Rival(origin, form, device, bfloat16, threads, microsoft)
             for origin in origins for form in forms], notes
 
@@ -90,8 +98,8 @@ def make_turn(rival: Rival, model: Any, train: bool, batch: int
     if rival.form != PLAIN:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
-    if rival.form == COMPILED:
-        module.compile(dynamic=False)
+    if rival.form in (COMPILED, FROZEN):
+        module.compile(dynamic=False, options={"freezing": True} if rival.inference_alone else None)
     turn = (_make_training if train else _make_inference)(module, images, labels, rival)
     began = time.perf_counter()
     turn(2)
@@ -116,8 +124,11 @@ def _autocast(rival: Rival) -> torch.autocast:
 
 def _make_inference(module: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor,
                     rival: Rival) -> Callable[[int], None]:
+    # Freezing is for torch.no_grad alone.
+    without_gradients = torch.no_grad if rival.inference_alone else torch.inference_mode
+
     def turn(steps: int) -> None:
-        with torch.inference_mode(), _autocast(rival):
+        with without_gradients(), _autocast(rival):
             for _ in range(steps):
                 module(images)
             _wait(rival)
