@@ -13,9 +13,8 @@ def compile_inference(model: Any, variables: dict) -> Callable[[jax.Array], jax.
 
     XLA then computes once, when it compiles, what hangs on weights alone (attention biases of each
     pair of tokens, factors of BatchNorm), and a call hands over one array and not some hundreds.
-    That is for few images at a time: single ones on a CPU take up to a fifth less time
-    (docs/performance.md). Every program holds a copy of the weights, and so does its entry in the
-    compilation cache, where there is one.
+    That is for few images at a time on a CPU (docs/performance.md). Every program holds a copy of
+    the weights, and so does its entry in the compilation cache, where there is one.
 
     Args:
         model: from `create_model`.
