@@ -45,6 +45,8 @@ def test_the_weights_are_in_the_program_and_stay_what_they_were(model_and_variab
     before = np.asarray(infer(draw(2)))
     jax.tree.map(lambda x: x.delete(), on_device)  # as a training loop does that donates them
     np.testing.assert_array_equal(infer(draw(2)), before)
+    alone = inference.compile_inference(model, variables)  # and of a shape that is compiled now
+    np.testing.assert_array_equal(infer(draw(4)), alone(draw(4)))
     other = jax.tree.map(lambda x: x * 0.5, variables)
     assert np.abs(inference.compile_inference(model, other)(draw(2)) - before).max() > 0
 
